@@ -1,0 +1,42 @@
+"""Whole multi-turn sessions in Megatron-LM, with the loss an exact mean over turns.
+
+The way of the data; each module imports only modules above it:
+
+    sessions.jsonl
+         |  sessions.py    every input format -> Session, every error with file and line
+         v
+      Session
+         |  templates.py   decides what is a target and which turn it is in; nobody else does
+         v
+      [Segment]
+         |  encoding.py    batched tokenisation -> tokens and one mode a segment
+         v
+    EncodedSession
+         |  store.py       PREFIX.bin, .idx, .json: Megatron's own indexed dataset + manifest
+         v
+    SessionStore
+         |  packing.py     session lengths in, PackPlan out: which pieces lie in which row
+         v
+      PackPlan
+         |  samples.py     a plan row -> tokens, labels, loss_mask, loss_token_num, turn_num, ...
+         v
+     row arrays
+         |  dataset.py     MultiTurnDataset: splits, epochs, the cached plan
+         |  provider.py    --dataset-provider: hands the datasets to Megatron's pretrain
+         v
+       Batch
+         |  batch.py       one broadcast over tensor-parallel ranks, context-parallel slice
+         |  attention.py   packed attention: no piece sees another
+         |  loss.py        sum of turn means, integer divisor, the report
+         v
+     gradients
+            forward.py     forward_step, the function that Megatron calls
+
+`python -m megatron_multiturn [SCRIPT.py]` runs all this inside Megatron's own `pretrain`.
+`errors`, `modes` and `megatron_compat` are leaves that any module may import. Importing this
+package imports nothing else.
+"""
+
+from megatron_multiturn._version import __version__
+
+__all__ = ["__version__"]

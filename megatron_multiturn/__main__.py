@@ -1,0 +1,97 @@
+"""Runs Megatron's training with packed sessions: `torchrun -m megatron_multiturn [SCRIPT.py] ...`.
+
+SCRIPT.py is the user's own, unmodified pretrain_gpt.py; its checkout is the Megatron that runs.
+Without a script the installed megatron-core builds and trains a GPT. Every flag of Megatron's
+is accepted, and those of `arguments.add_multiturn_args`.
+"""
+
+import argparse
+import os
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+from megatron_multiturn.errors import ConfigError, MultiTurnError
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train; exits with status 1 and a message for an error that the user can put right."""
+    try:
+        _run(sys.argv[1:] if argv is None else argv)
+    except MultiTurnError as error:
+        # What is wrong with the flags is wrong on every rank; one of them says so.
+        rank = int(os.environ.get("RANK", "0"))
+        if rank == 0 or not isinstance(error, ConfigError):
+            print(f"megatron_multiturn: error on rank {rank}: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+
+
+def split_script(argv: list[str]) -> tuple[Path | None, list[str]]:
+    """(script, Megatron's flags): the script is the first argument unless that is a flag."""
+    if not argv or argv[0].startswith("-"):
+        return None, argv
+    script = Path(argv[0])
+    if not script.is_file():
+        raise ConfigError(
+            f"{script}: no such script; the first argument is Megatron's pretrain_gpt.py, or leave "
+            "it out to train a GPT with the installed megatron-core"
+        )
+    return script, argv[1:]
+
+
+def _run(argv: list[str]) -> None:
+    script, flags = split_script(argv)
+    if script is not None:
+        # Its checkout comes first: megatron and the script's own modules are found there.
+        sys.path.insert(0, str(script.resolve().parent))
+    sys.argv = [str(script or "megatron_multiturn"), *flags]
+
+    from megatron_multiturn import cpu
+
+    on_cpu = cpu.is_needed()
+    if on_cpu:
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"
+        cpu.install()
+    _hook_megatron(on_cpu=on_cpu, has_script=script is not None)
+    if script is not None:
+        runpy.run_path(str(script), run_name="__main__")
+    else:
+        from megatron_multiturn import megatron_compat
+
+        megatron_compat.run_gpt()
+
+
+def _hook_megatron(*, on_cpu: bool, has_script: bool) -> None:
+    from megatron_multiturn import megatron_compat
+    from megatron_multiturn.arguments import add_multiturn_args, prepare_args
+
+    def prepare(args: argparse.Namespace) -> None:
+        if args.dataset_provider == "megatron" and not has_script:
+            raise ConfigError(
+                "--dataset-provider megatron needs a SCRIPT.py, whose datasets and loss it uses; "
+                "pass pretrain_gpt.py of your checkout as the first argument"
+            )
+        for notice in prepare_args(args, on_cpu=on_cpu):
+            if args.rank == 0:
+                print(f"megatron_multiturn: {notice}", flush=True)
+
+    def replacements() -> dict[str, Any]:
+        args = megatron_compat.get_args()
+        if args.dataset_provider == "megatron":
+            return {}
+        from megatron_multiturn.forward import forward_step
+        from megatron_multiturn.provider import select_provider
+
+        return {
+            "train_valid_test_dataset_provider": select_provider(args.dataset_provider),
+            "forward_step_func": forward_step,
+        }
+
+    megatron_compat.skip_needless_compilation()
+    megatron_compat.hook_arguments(add_multiturn_args, prepare)
+    megatron_compat.hook_pretrain(replacements)
+
+
+if __name__ == "__main__":
+    main()

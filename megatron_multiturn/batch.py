@@ -1,0 +1,106 @@
+"""One micro-batch of rows on every rank of a tensor parallel group: one copy, one broadcast.
+
+The rows exist on tensor parallel rank 0 only. All of their tensors travel as one flat int32
+buffer whose layout every rank knows beforehand, so no shape needs to be sent.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """The rows of one micro-batch, on the device (b rows of s tokens, see `samples`)."""
+
+    tokens: Tensor  # (b, s) int64
+    labels: Tensor  # (b, s) int64
+    position_ids: Tensor  # (b, s) int64
+    loss_mask: Tensor  # (b, s) float32
+    loss_token_num: Tensor  # (b, s) float32
+    turn_num: Tensor  # (b, 1) int64
+    cu_seqlens: Tensor  # (b, n) int32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowShape:
+    """What every rank must know of the rows before the first one arrives."""
+
+    sequence_length: int
+    num_boundaries: int  # n of `cu_seqlens`
+
+
+# Everything fits 32 bits: token ids, positions, and a row's turns (or their fixed point).
+_WIRE_DTYPES = {
+    "tokens": torch.int32,
+    "labels": torch.int32,
+    "position_ids": torch.int32,
+    "loss_mask": torch.float32,
+    "loss_token_num": torch.float32,
+    "turn_num": torch.int32,
+    "cu_seqlens": torch.int32,
+}
+_BATCH_DTYPES = {name: torch.int64 for name in ("tokens", "labels", "position_ids", "turn_num")}
+
+
+def batch_shapes(row_shape: RowShape, micro_batch_size: int) -> dict[str, tuple[int, int]]:
+    """The shape of each tensor of a `Batch`, in the order in which they lie in the buffer."""
+    widths = dict.fromkeys(_WIRE_DTYPES, row_shape.sequence_length)
+    widths["turn_num"] = 1
+    widths["cu_seqlens"] = row_shape.num_boundaries
+    return {name: (micro_batch_size, width) for name, width in widths.items()}
+
+
+def flatten_rows(rows: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]]) -> Tensor:
+    """The collated rows as one int32 buffer on the CPU; floats by their bits."""
+    parts = []
+    for name, shape in shapes.items():
+        tensor = rows[name]
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"the dataset's {name!r} has shape {tuple(tensor.shape)} where this job expects "
+                f"{shape} (micro-batch size, width); its rows do not keep the sample contract"
+            )
+        parts.append(tensor.to(_WIRE_DTYPES[name]).view(torch.int32).flatten())
+    return torch.cat(parts)
+
+
+def unflatten_rows(buffer: Tensor, shapes: Mapping[str, tuple[int, int]]) -> Batch:
+    """The inverse of `flatten_rows`, on the buffer's device."""
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    tensors = {}
+    for (name, shape), part in zip(shapes.items(), buffer.split(sizes), strict=True):
+        wire = part.view(_WIRE_DTYPES[name]).view(shape)
+        tensors[name] = wire.to(_BATCH_DTYPES.get(name, wire.dtype))
+    return Batch(**tensors)
+
+
+def next_batch(
+    data_iterator: Iterator[dict[str, Tensor]] | None,
+    row_shape: RowShape,
+    micro_batch_size: int,
+    *,
+    tp_group: Any,
+    tp_source_rank: int,
+    device: Any,
+) -> Batch:
+    """The next micro-batch, equal on all ranks of `tp_group`.
+
+    data_iterator: on the source rank only; None elsewhere.
+    tp_source_rank: the global rank of the group's rank 0.
+    """
+    shapes = batch_shapes(row_shape, micro_batch_size)
+    if torch.distributed.get_rank() == tp_source_rank:
+        assert data_iterator is not None
+        flat = flatten_rows(next(data_iterator), shapes)
+        buffer = flat.pin_memory().to(device, non_blocking=True)
+    else:
+        size = sum(math.prod(shape) for shape in shapes.values())
+        buffer = torch.empty(size, dtype=torch.int32, device=device)
+    if tp_group.size() > 1:
+        torch.distributed.broadcast(buffer, tp_source_rank, group=tp_group)
+    return unflatten_rows(buffer, shapes)

@@ -1,0 +1,231 @@
+"""`MultiTurnDataset`: packed rows of sessions under Megatron's blended dataset builder.
+
+One of these is one split of one dataset on disk. It holds as many epochs as the run asks for;
+each epoch packs every session once, with other neighbours.
+"""
+
+import hashlib
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.datasets.blended_megatron_dataset_config import BlendedMegatronDatasetConfig
+from megatron.core.datasets.megatron_dataset import MegatronDataset
+from numpy.typing import NDArray
+
+from megatron_multiturn.errors import DatasetError
+from megatron_multiturn.packing import PackPlan, pack
+from megatron_multiturn.plan_cache import PlanKey, cached_plan
+from megatron_multiturn.samples import RowFormat, build_row
+from megatron_multiturn.store import SessionStore, TokenizerIdentity
+from megatron_multiturn.windows import cut_sessions
+
+# Masks and boundaries come from the data, never from ids, so any id serves as padding.
+_PAD_TOKEN = 0
+
+
+@dataclass
+class MultiTurnDatasetConfig(BlendedMegatronDatasetConfig):
+    """What Megatron's builder needs, and what decides the rows."""
+
+    loss_average: str = "turn"
+    """What the loss is the mean of; see `samples.LOSS_AVERAGES`."""
+
+    divisor_unit: int = 1
+    """Fixed point of the divisor of `--loss-average sqrt`; see `samples.sqrt_divisor_unit`."""
+
+    long_session: str = "window"
+    """What becomes of a session longer than a row; see `windows.cut_sessions`."""
+
+    session_window: int | None = None
+    """Longest piece of a session in positions; None: a row."""
+
+    window_context: float = 0.25
+    """Fraction of a later window that may repeat earlier messages."""
+
+    piece_multiple: int = 1
+    """Positions of a piece are rounded up to a multiple of this."""
+
+    tokenizer_identity: TokenizerIdentity | None = None
+    """The training tokenizer; a dataset made with another one is refused. None: no check."""
+
+
+class MultiTurnDataset(MegatronDataset):
+    """Rows of `sequence_length` tokens, at least `num_samples` of them (None: one epoch)."""
+
+    config: MultiTurnDatasetConfig
+    dataset: SessionStore
+
+    def __init__(
+        self,
+        dataset: SessionStore,
+        dataset_path: str,
+        indices: NDArray[np.int32],
+        num_samples: int | None,
+        index_split: Any,
+        config: MultiTurnDatasetConfig,
+    ) -> None:
+        super().__init__(dataset, dataset_path, indices, num_samples, index_split, config)
+        first = int(indices[0]) if len(indices) else 0
+        sessions = range(first, first + len(indices))
+        if not sessions and num_samples != 0:
+            raise DatasetError(
+                f"the {index_split.name} split of {dataset_path} holds none of its "
+                f"{dataset.num_sessions:,} sessions; change --split, or pass --eval-iters 0 to "
+                "train without evaluation"
+            )
+        self.plan = _plan(dataset, sessions, num_samples, index_split.name, config)
+        self._row_format = RowFormat(
+            sequence_length=config.sequence_length,
+            max_pieces_per_row=max(1, self.plan.stats.max_pieces_per_row),
+            piece_multiple=config.piece_multiple,
+            pad_token=_PAD_TOKEN,
+            loss_average=config.loss_average,
+            divisor_unit=config.divisor_unit if config.loss_average == "sqrt" else 1,
+            sessions_end_with_piece=config.long_session == "truncate",
+        )
+
+    @staticmethod
+    def numel_low_level_dataset(low_level_dataset: SessionStore) -> int:
+        """Sessions: what `--split` divides."""
+        return low_level_dataset.num_sessions
+
+    @staticmethod
+    def build_low_level_dataset(dataset_path: str, config: MultiTurnDatasetConfig) -> SessionStore:
+        """Open the dataset on disk; DatasetError if incomplete or of another tokenizer."""
+        store = SessionStore.open(dataset_path, mmap=config.mmap_bin_files)
+        if config.tokenizer_identity is not None:
+            _check_tokenizer(store, config.tokenizer_identity)
+        return store
+
+    @staticmethod
+    def _key_config_attributes() -> list[str]:
+        # Blends are cached under a hash of these.
+        return ["random_seed", "sequence_length", "split", "split_matrix"] + [
+            "long_session",
+            "session_window",
+            "window_context",
+            "piece_multiple",
+        ]
+
+    def __len__(self) -> int:
+        return self.plan.num_rows
+
+    def __getitem__(self, idx: int) -> dict[str, NDArray[Any]]:
+        """Row `idx`: the arrays of the sample contract, see `samples.build_row`."""
+        pieces = self.plan.pieces_of_row(idx)
+        sessions = self.plan.pieces.session[pieces]
+        return build_row(
+            [self.dataset.session(int(session)) for session in sessions],
+            self.plan.pieces.spans[pieces],
+            self._row_format,
+        )
+
+    def set_num_boundaries(self, num_boundaries: int) -> None:
+        """Lengthen `cu_seqlens` to what the largest dataset of the run needs."""
+        extra = num_boundaries - len(self[0]["cu_seqlens"])
+        self._row_format = replace(
+            self._row_format, max_pieces_per_row=self._row_format.max_pieces_per_row + extra
+        )
+
+
+def _check_tokenizer(store: SessionStore, training: TokenizerIdentity) -> None:
+    made_with = store.manifest.tokenizer
+    # Other types of Megatron's may wrap one vocabulary; only the ids matter.
+    if (made_with.vocab_size, made_with.content_hash) != (
+        training.vocab_size,
+        training.content_hash,
+    ):
+        raise DatasetError(
+            f"{store.prefix} was made with another tokenizer: {made_with.type} of "
+            f"{made_with.vocab_size:,} tokens (content {made_with.content_hash[:12]}), and "
+            f"this run has {training.type} of {training.vocab_size:,} tokens (content "
+            f"{training.content_hash[:12]}); preprocess the sessions with this run's tokenizer, "
+            "or pass the tokenizer that the dataset was made with"
+        )
+
+
+def _plan(
+    store: SessionStore,
+    sessions: range,
+    num_samples: int | None,
+    split_name: str,
+    config: MultiTurnDatasetConfig,
+) -> PackPlan:
+    """The cached plan of at least `num_samples` rows over `sessions`, or a new one."""
+    key = PlanKey(
+        dataset_hash=_dataset_hash(store),
+        sessions=(sessions.start, sessions.stop),
+        num_samples=num_samples,
+        seed=config.random_seed,
+        sequence_length=config.sequence_length,
+        piece_multiple=config.piece_multiple,
+        long_session=config.long_session,
+        session_window=config.session_window,
+        window_context=config.window_context,
+    )
+    folder = config.path_to_cache or f"{store.prefix}.plans"
+    return cached_plan(folder, key, lambda: _build_plan(store, sessions, key, split_name))
+
+
+def _dataset_hash(store: SessionStore) -> str:
+    """Names the content of a dataset: its manifest, and when its index was written."""
+    written = os.stat(f"{store.prefix}.idx").st_mtime_ns
+    return hashlib.sha256(f"{written}{store.manifest.to_json()}".encode()).hexdigest()
+
+
+def _build_plan(store: SessionStore, sessions: range, key: PlanKey, split_name: str) -> PackPlan:
+    start_time = time.perf_counter()
+    document_indices, segment_lengths, modes = store.segment_index()
+    window = key.session_window or key.sequence_length
+    pieces, report = cut_sessions(
+        store.session_lengths()[sessions.start : sessions.stop],
+        sequence_length=key.sequence_length,
+        long_session=key.long_session,
+        segment_index=(
+            document_indices[sessions.start : sessions.stop + 1],
+            segment_lengths,
+            modes,
+        ),
+        window_context=int(window * key.window_context),
+        session_window=key.session_window,
+    )
+    if not len(pieces) and key.num_samples != 0:
+        raise DatasetError(
+            f"the {split_name} split of {store.prefix} fills no row ({report}); raise "
+            "--seq-length or pass --long-session window"
+        )
+    pieces = replace(pieces, session=pieces.session + sessions.start)
+    one_epoch = pack(
+        pieces,
+        sequence_length=key.sequence_length,
+        piece_multiple=key.piece_multiple,
+        seed=key.seed,
+    )
+    rows = one_epoch.num_rows
+    num_epochs = -(-(key.num_samples or rows) // rows) if rows else 1
+    plan = one_epoch
+    if num_epochs > 1:
+        plan = pack(
+            pieces,
+            sequence_length=key.sequence_length,
+            piece_multiple=key.piece_multiple,
+            seed=key.seed,
+            num_epochs=num_epochs,
+        )
+    seconds = time.perf_counter() - start_time
+    print(
+        f"> {split_name} split of {store.prefix}: {report}; {plan.stats}; {num_epochs:,} "
+        f"epoch{'s' * (num_epochs > 1)}; planned in {seconds:.1f} s",
+        flush=True,
+    )
+    return plan
+
+
+def collate_rows(rows: Sequence[dict[str, NDArray[Any]]]) -> dict[str, torch.Tensor]:
+    """A micro-batch of rows, as Megatron's data loader makes it: arrays stacked on dim 0."""
+    return {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}

@@ -1,0 +1,384 @@
+"""The disk format, and the only module that knows it: PREFIX.bin, PREFIX.idx, PREFIX.json.
+
+.bin and .idx are byte for byte what Megatron's IndexedDatasetBuilder writes with modes: document =
+session, sequence = segment, mode = `modes.py`. They are written and read here without it, because
+it keeps every segment as Python objects, wraps token ids that do not fit, and checks by `assert`.
+
+    .bin  the tokens of all segments, one after the other, uint16 or int32
+    .idx  magic "MMIDIDX\\0\\0", uint64 version 1, uint8 dtype code, uint64 num_segments,
+          uint64 num_sessions + 1,
+          int32 (num_segments,) lengths, int64 (num_segments,) byte offsets in .bin,
+          int64 (num_sessions + 1,) first segment of each session, int8 (num_segments,) modes
+
+Everything is little-endian, as on every machine that Megatron runs on.
+"""
+
+import contextlib
+import os
+import struct
+from array import array
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from megatron_multiturn import modes as mode_bits
+from megatron_multiturn._version import __version__
+from megatron_multiturn.encoding import EncodedSession
+from megatron_multiturn.errors import ConfigError, DatasetError
+from megatron_multiturn.manifest import (
+    FORMAT_VERSION,
+    Counts,
+    InputFile,
+    Manifest,
+    TemplateIdentity,
+    manifest_path,
+    read_manifest,
+)
+from megatron_multiturn.vocabulary import TokenizerIdentity, tokenizer_fingerprint
+
+__all__ = [
+    "Manifest",
+    "SessionStore",
+    "SessionWriter",
+    "TokenizerIdentity",
+    "output_paths",
+    "tokenizer_fingerprint",
+]
+
+_HEADER = struct.Struct("<9sQBQQ")
+_MAGIC = b"MMIDIDX\x00\x00"
+_IDX_VERSION = 1
+_DTYPE_OF_CODE: dict[int, type[np.generic]] = {4: np.int32, 8: np.uint16}
+# Megatron's own limit (DType.optimal_dtype), a little below what uint16 holds.
+_UINT16_VOCAB_SIZE = 65500
+_INDEX_CHUNK = 1 << 20
+
+
+def token_dtype_code(vocab_size: int) -> int:
+    """Megatron's code of the smallest dtype that holds the token ids: 8 uint16, 4 int32."""
+    return 8 if vocab_size < _UINT16_VOCAB_SIZE else 4
+
+
+def output_paths(prefix: str) -> tuple[str, str, str]:
+    """(.bin, .idx, .json), in the order in which they come into being."""
+    return prefix + ".bin", prefix + ".idx", manifest_path(prefix)
+
+
+class SessionStore:
+    """A preprocessed dataset, memory-mapped. Picklable, and good after a fork."""
+
+    def __init__(self, prefix: str, manifest: Manifest, *, mmap: bool) -> None:
+        self._prefix = prefix
+        self._mmap = mmap
+        self.manifest = manifest
+        self._read_index()
+
+    @classmethod
+    def open(cls, prefix: str, *, mmap: bool = True) -> Self:
+        """Raises DatasetError unless the manifest is there and fits the two other files.
+
+        mmap: map the tokens into memory; else each session is read from the file.
+        """
+        manifest = read_manifest(prefix)
+        for path, num_bytes in (
+            (prefix + ".bin", manifest.bin_bytes),
+            (prefix + ".idx", manifest.idx_bytes),
+        ):
+            try:
+                found = os.stat(path).st_size
+            except OSError as error:
+                raise DatasetError(
+                    f"{path}: cannot be read ({error.strerror}), but its manifest is there; copy "
+                    "all of .bin, .idx and .json, or preprocess again"
+                ) from None
+            if found != num_bytes:
+                raise DatasetError(
+                    f"{path}: {found:,} bytes, but the manifest says {num_bytes:,}: the file is "
+                    "cut off or of another run; copy it again or preprocess again"
+                )
+        return cls(prefix, manifest, mmap=mmap)
+
+    @property
+    def prefix(self) -> str:
+        return self._prefix
+
+    @property
+    def num_sessions(self) -> int:
+        return len(self._first_segments) - 1
+
+    def session_lengths(self) -> NDArray[np.int64]:
+        """Tokens of each session, from the .idx alone; int64 (num_sessions,)."""
+        total = self.manifest.bin_bytes // self._dtype.itemsize
+        starts = self._offsets[self._first_segments[:-1]] // self._dtype.itemsize
+        return np.diff(starts, append=total)
+
+    def segment_index(self) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int8]]:
+        """What the .idx says, memory-mapped.
+
+        Returns the first segment of each session, int64 (num_sessions + 1,); the lengths of all
+        segments, int32 (num_segments,); their modes, int8 (num_segments,).
+        """
+        return self._first_segments, self._lengths, self._modes
+
+    def session(self, index: int) -> EncodedSession:
+        """Session `index`, from 0; raises IndexError beyond the last."""
+        if not 0 <= index < self.num_sessions:
+            raise IndexError(f"session {index} of {self.num_sessions:,} in {self._prefix}")
+        segments = slice(int(self._first_segments[index]), int(self._first_segments[index + 1]))
+        lengths = self._lengths[segments]
+        start = int(self._offsets[segments.start]) // self._dtype.itemsize
+        return EncodedSession(
+            tokens=self._read_tokens(start, int(lengths.sum())).astype(np.int32),
+            segment_lengths=np.array(lengths),
+            modes=np.array(self._modes[segments]),
+            location=f"{self._prefix}[{index}]",
+        )
+
+    def __getstate__(self) -> tuple[str, Manifest, bool]:
+        return self._prefix, self.manifest, self._mmap
+
+    def __setstate__(self, state: tuple[str, Manifest, bool]) -> None:
+        self._prefix, self.manifest, self._mmap = state
+        self._read_index()
+
+    def _read_index(self) -> None:
+        path = self._prefix + ".idx"
+        with open(path, "rb") as stream:
+            header = stream.read(_HEADER.size)
+        broken = DatasetError(
+            f"{path}: not the index that the manifest {manifest_path(self._prefix)} describes; "
+            "preprocess again"
+        )
+        if len(header) < _HEADER.size:
+            raise broken
+        magic, version, code, num_segments, num_starts = _HEADER.unpack(header)
+        counts = self.manifest.counts
+        if (magic, version, num_segments, num_starts) != (
+            _MAGIC,
+            _IDX_VERSION,
+            counts.segments,
+            counts.sessions + 1,
+        ) or code not in _DTYPE_OF_CODE:
+            raise broken
+        self._dtype = np.dtype(_DTYPE_OF_CODE[code])
+        index_bytes = _HEADER.size + num_segments * (4 + 8 + 1) + num_starts * 8
+        if index_bytes != self.manifest.idx_bytes:
+            raise broken
+        data = np.memmap(path, dtype=np.uint8, mode="r")
+        at = _HEADER.size
+
+        def take(dtype: DTypeLike, count: int) -> NDArray[Any]:
+            nonlocal at
+            start, at = at, at + count * np.dtype(dtype).itemsize
+            return np.ndarray(count, dtype, buffer=data, offset=start)
+
+        self._lengths: NDArray[np.int32] = take(np.int32, num_segments)
+        self._offsets: NDArray[np.int64] = take(np.int64, num_segments)
+        self._first_segments: NDArray[np.int64] = take(np.int64, num_starts)
+        self._modes: NDArray[np.int8] = take(np.int8, num_segments)
+        self._tokens: NDArray[Any] | None = None
+        if self._mmap:
+            self._tokens = np.memmap(self._prefix + ".bin", dtype=self._dtype, mode="r")
+
+    def _read_tokens(self, start: int, count: int) -> NDArray[Any]:
+        if self._tokens is not None:
+            return np.asarray(self._tokens[start : start + count])
+        offset = start * self._dtype.itemsize
+        return np.fromfile(self._prefix + ".bin", self._dtype, count, offset=offset)
+
+
+class SessionWriter:
+    """Writes a dataset; it appears when the `with` block ends well, and not otherwise.
+
+        with SessionWriter(prefix, tokenizer=identity, template=template) as writer:
+            writer.add(encoded_session)
+
+    The three files lie under temporary names until then. A process killed in between leaves
+    those behind, never a manifest.
+    """
+
+    def __init__(
+        self,
+        prefix: str,
+        *,
+        tokenizer: TokenizerIdentity,
+        template: TemplateIdentity,
+        turn_weights: Sequence[float] = (1.0,),
+    ) -> None:
+        if not 1 <= len(turn_weights) <= mode_bits.MAX_TURN_WEIGHTS:
+            raise ConfigError(
+                f"{len(turn_weights)} turn weights; a dataset has 1 to "
+                f"{mode_bits.MAX_TURN_WEIGHTS}"
+            )
+        self._prefix = prefix
+        self._tokenizer = tokenizer
+        self._template = template
+        self._turn_weights = tuple(float(weight) for weight in turn_weights)
+        self._code = token_dtype_code(tokenizer.vocab_size)
+        self._dtype = np.dtype(_DTYPE_OF_CODE[self._code])
+        self._temporary = [f"{path}.{os.getpid()}.tmp" for path in output_paths(prefix)]
+        self._lengths = array("i")
+        self._modes = array("b")
+        self._first_segments = array("q", [0])
+        self._num_tokens = 0
+        self._num_target_tokens = 0
+        self._num_turns = 0
+        self._rejected: dict[str, int] = {}
+        self._inputs: tuple[InputFile, ...] = ()
+
+    def __enter__(self) -> Self:
+        try:
+            Path(self._prefix).parent.mkdir(parents=True, exist_ok=True)
+            self._bin: BinaryIO = open(self._temporary[0], "wb", buffering=1 << 20)
+        except OSError as error:
+            raise DatasetError(
+                f"{self._temporary[0]}: cannot be written ({error.strerror}); choose another "
+                "--output-prefix"
+            ) from None
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if kind is None:
+                self._commit()
+        finally:
+            self._bin.close()
+            for path in self._temporary:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
+
+    def add(self, session: EncodedSession) -> None:
+        """Append a session; DatasetError if it is malformed or has an id beyond the vocabulary."""
+        tokens = session.tokens
+        where = session.location or f"session {len(self._first_segments) - 1}"
+        self._check(session, where)
+        self._bin.write(tokens.astype(self._dtype).tobytes())
+        self._lengths.frombytes(session.segment_lengths.astype(np.int32).tobytes())
+        self._modes.frombytes(session.modes.astype(np.int8).tobytes())
+        self._first_segments.append(len(self._lengths))
+        num_turns, num_target_tokens = count_targets(session)
+        self._num_turns += num_turns
+        self._num_target_tokens += num_target_tokens
+        self._num_tokens += len(tokens)
+
+    def describe(self, *, rejected: Mapping[str, int], inputs: Sequence[InputFile]) -> None:
+        """What the manifest shall say about where the sessions came from."""
+        self._rejected = dict(sorted(rejected.items()))
+        self._inputs = tuple(inputs)
+
+    @property
+    def counts(self) -> Counts:
+        """What has been added so far."""
+        return Counts(
+            sessions=len(self._first_segments) - 1,
+            segments=len(self._lengths),
+            turns=self._num_turns,
+            tokens=self._num_tokens,
+            target_tokens=self._num_target_tokens,
+            rejected=self._rejected,
+        )
+
+    def _check(self, session: EncodedSession, where: str) -> None:
+        tokens, lengths, modes = session.tokens, session.segment_lengths, session.modes
+        if not len(tokens) or len(lengths) != len(modes) or lengths.min() < 1:
+            raise DatasetError(f"{where}: a session needs tokens, and every segment at least one")
+        if int(lengths.sum()) != len(tokens):
+            raise DatasetError(
+                f"{where}: the segments have {int(lengths.sum())} tokens, the session has "
+                f"{len(tokens)}"
+            )
+        lowest, highest = int(tokens.min()), int(tokens.max())
+        vocab_size = self._tokenizer.vocab_size
+        if lowest < 0 or highest >= vocab_size:
+            raise DatasetError(
+                f"{where}: token id {lowest if lowest < 0 else highest} is not in the vocabulary "
+                f"of {vocab_size:,} tokens; the tokenizer's files do not fit together"
+            )
+        weights = (modes[mode_bits.is_target(modes)] >> mode_bits.WEIGHT_SHIFT).max(initial=0)
+        if weights >= len(self._turn_weights):
+            raise DatasetError(
+                f"{where}: turn weight number {weights} of {len(self._turn_weights)} weights"
+            )
+
+    def _commit(self) -> None:
+        """Make the dataset appear: .bin, .idx, then the manifest."""
+        if len(self._first_segments) == 1:
+            raise DatasetError(f"{self._prefix}: there is no session to write")
+        self._bin.flush()
+        os.fsync(self._bin.fileno())
+        with open(self._temporary[1], "wb") as stream:
+            self._write_index(stream)
+            _sync(stream)
+        manifest = Manifest(
+            format_version=FORMAT_VERSION,
+            tool_version=__version__,
+            tokenizer=self._tokenizer,
+            template=self._template,
+            turn_weights=self._turn_weights,
+            counts=self.counts,
+            inputs=self._inputs,
+            bin_bytes=os.stat(self._temporary[0]).st_size,
+            idx_bytes=os.stat(self._temporary[1]).st_size,
+        )
+        with open(self._temporary[2], "wb") as stream:
+            stream.write(manifest.to_json().encode("utf-8"))
+            _sync(stream)
+        # A manifest of before must not vouch for new data while the files change places.
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(manifest_path(self._prefix))
+        for temporary, path in zip(self._temporary, output_paths(self._prefix), strict=True):
+            os.replace(temporary, path)
+        _sync_folder(Path(self._prefix).parent)
+
+    def _write_index(self, stream: BinaryIO) -> None:
+        lengths = np.frombuffer(self._lengths, dtype=np.int32)
+        num_starts = len(self._first_segments)
+        stream.write(_HEADER.pack(_MAGIC, _IDX_VERSION, self._code, len(lengths), num_starts))
+        stream.write(lengths.tobytes())
+        offset = 0
+        for start in range(0, len(lengths), _INDEX_CHUNK):
+            num_bytes = lengths[start : start + _INDEX_CHUNK].astype(np.int64)
+            num_bytes *= self._dtype.itemsize
+            ends = np.cumsum(num_bytes) + offset
+            stream.write((ends - num_bytes).tobytes())
+            offset = int(ends[-1])
+        stream.write(self._first_segments.tobytes())
+        stream.write(self._modes.tobytes())
+
+
+def count_targets(session: EncodedSession) -> tuple[int, int]:
+    """(turns, target tokens) of a session.
+
+    Its first token is predicted by nothing, so it is no target, and a turn of that token alone is
+    none: tokens [a b], one target segment, has 1 turn and 1 target token.
+    """
+    targets = mode_bits.is_target(session.modes)
+    target_lengths = session.segment_lengths[targets]
+    turn_ids = np.cumsum(mode_bits.begins_turn(session.modes[targets]))
+    if targets[0]:
+        target_lengths = target_lengths.copy()
+        target_lengths[0] -= 1
+    return len(np.unique(turn_ids[target_lengths > 0])), int(target_lengths.sum())
+
+
+def _sync(stream: BinaryIO) -> None:
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the new names last; a file's own fsync does not."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,116 @@
+"""Runs real Megatron training jobs under torchrun and reads what they recorded."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+SCRIPT = Path(__file__).parent / "scripts" / "pretrain_and_record.py"
+
+MODEL_FLAGS = (
+    "--num-layers 2 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 "
+    "--group-query-attention --num-query-groups 2 --position-embedding-type rope --swiglu "
+    "--normalization RMSNorm --disable-bias-linear --untie-embeddings-and-output-weights "
+    "--attention-dropout 0 --hidden-dropout 0 --init-method-std 0.1 "
+    "--make-vocab-size-divisible-by 8"
+).split()
+TRAINING_FLAGS = (
+    "--lr 1e-2 --min-lr 1e-2 --lr-decay-style constant --weight-decay 0 --clip-grad 0 "
+    "--adam-eps 1e-3 --seed 7 --num-workers 0 --no-load-optim --no-load-rng --finetune "
+    "--split 100,0,0 --eval-iters 0 --log-interval 1 --no-one-logger"
+).split()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobResult:
+    """What a job recorded. Tensors by Megatron's global parameter names, un-sharded, float64."""
+
+    losses: list[dict[str, float]]  # one a step, by the name in the log
+    gradients: list[dict[str, torch.Tensor]]  # one a step
+    parameters: dict[str, torch.Tensor]  # after the last step
+    output: str
+
+
+def run_megatron(
+    flags: Sequence[str],
+    *,
+    num_ranks: int = 1,
+    script: Path | None = SCRIPT,
+    env: Mapping[str, str] | None = None,
+    check: bool = True,
+    timeout: float = 300,
+) -> subprocess.CompletedProcess[str]:
+    """One job of `num_ranks` processes on this machine; its output is stdout and stderr."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(num_ranks), "-m", "megatron_multiturn"]
+    command += ([str(script)] if script else []) + list(flags)
+    process = subprocess.run(
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    if check and process.returncode:
+        raise AssertionError(f"{' '.join(command)} failed:\n{process.stdout[-6000:]}")
+    return process
+
+
+def train_and_record(
+    folder: Path,
+    flags: Sequence[str],
+    *,
+    train_iters: int,
+    num_ranks: int = 1,
+    env: Mapping[str, str] | None = None,
+) -> JobResult:
+    """Train the tests' small GPT for `train_iters` steps, recording into `folder`."""
+    all_flags = [*MODEL_FLAGS, *TRAINING_FLAGS, "--train-iters", str(train_iters), *flags]
+    all_flags += ["--data-cache-path", str(folder / "cache")]
+    process = run_megatron(
+        all_flags, num_ranks=num_ranks, env={"RECORD_DIR": str(folder), **(env or {})}
+    )
+    return JobResult(
+        losses=[json.loads(line) for line in (folder / "losses.jsonl").read_text().splitlines()],
+        gradients=[load_tensors(folder / f"gradients-{step}") for step in range(train_iters)],
+        parameters=load_tensors(folder / "parameters"),
+        output=process.stdout,
+    )
+
+
+def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a distributed checkpoint, whole, as float64."""
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+    state: dict[str, object] = {}
+    _load_state_dict(
+        state,
+        storage_reader=FileSystemReader(folder),
+        planner=_EmptyStateDictLoadPlanner(),
+        no_dist=True,
+    )
+    return {
+        name: value.double()
+        for name, value in state.items()
+        if isinstance(value, torch.Tensor) and value.is_floating_point()
+    }
+
+
+def relative_difference(
+    ours: Mapping[str, torch.Tensor], reference: Mapping[str, torch.Tensor]
+) -> float:
+    """The largest |ours - reference| / |reference| over the tensors, in the Euclidean norm."""
+    assert ours.keys() == reference.keys()
+    assert len(reference) > 5
+    return max(
+        float((ours[name] - wanted).norm() / wanted.norm()) for name, wanted in reference.items()
+    )
