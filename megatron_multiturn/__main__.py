@@ -51,7 +51,6 @@ def _run(argv: list[str]) -> None:
 
     on_cpu = cpu.is_needed()
     if on_cpu:
-        os.environ["TORCHDYNAMO_DISABLE"] = "1"
         cpu.install()
     _hook_megatron(on_cpu=on_cpu, has_script=script is not None)
     if script is not None:

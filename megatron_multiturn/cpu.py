@@ -29,6 +29,8 @@ def is_needed() -> bool:
 def install() -> None:
     """Map "cuda" to the CPU for the rest of this process."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron insists, with TP
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # compiling for minutes would gain nothing
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     _answer_as_one_device()
     _replace_streams_and_events()

@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
 
     corpus = steps.add_parser("corpus", help="write the demo corpus")
     corpus.add_argument("--output", type=Path, required=True, metavar="JSONL")
-    corpus.add_argument("--sessions", type=int, default=4000, metavar="N")
+    corpus.add_argument("--sessions", type=int, default=6000, metavar="N")
     corpus.add_argument("--seed", type=int, default=0)
 
     tokenizer = steps.add_parser("tokenizer", help="train a SentencePiece tokenizer")

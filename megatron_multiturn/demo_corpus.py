@@ -155,12 +155,12 @@ ACTIONS: tuple[Action, ...] = (
 
 
 def demo_session(rng: np.random.Generator) -> dict[str, list[Message]]:
-    """One session of 2 to 12 turns in OpenAI form: {"messages": [...]}."""
+    """One session of 2 to 8 turns in OpenAI form: {"messages": [...]}."""
     style = (None, SHORT_STYLE, LONG_STYLE)[int(rng.integers(3))]
     talk = Conversation(rng=rng, is_short=style == SHORT_STYLE)
     if style is not None:
         talk.messages.append({"role": "system", "content": style})
-    for _ in range(int(rng.integers(2, 13))):
+    for _ in range(int(rng.integers(2, 9))):
         possible = [act for act, is_possible in ACTIONS if is_possible(talk)]
         possible[int(rng.integers(len(possible)))](talk)
     return {"messages": talk.messages}

@@ -57,7 +57,7 @@ class _Outline:
 
     location: str
     segments: list[tuple[int, list[int]]]  # (mode, parts): an id, or ~i for run i of the batch
-    runs: range  # of the batch
+    runs: list[int]  # their numbers in the batch
     edges: list[tuple[str, str]]  # (text before, text after) where text is cut in two
 
 
@@ -82,7 +82,7 @@ class SessionEncoder:
 
     def encode(self, sessions: Sequence[Session]) -> EncodedBatch:
         """Encode a batch; a session that cannot be encoded comes back as its SessionError."""
-        runs: list[TextRun] = []
+        numbers: dict[TextRun, int] = {}  # templates write the same runs time and again
         outlines: list[_Outline | SessionError] = []
         for session in sessions:
             try:
@@ -90,7 +90,8 @@ class SessionEncoder:
             except SessionError as error:
                 outlines.append(error)
             else:
-                outlines.append(self._outline(session, runs))
+                outlines.append(self._outline(session, numbers))
+        runs = list(numbers)
         encoded = self._run_encoder.encode(runs)
         kept = [outline for outline in outlines if isinstance(outline, _Outline)]
         lossy = self._run_encoder.find_lossy(runs, encoded)
@@ -102,7 +103,9 @@ class SessionEncoder:
                 for outline in outlines
             ],
             num_unknown_tokens=(
-                0 if unknown is None else sum(ids.count(unknown) for ids in encoded)
+                0
+                if unknown is None
+                else sum(encoded[i].count(unknown) for o in kept for i in o.runs)
             ),
             num_lossy_sessions=sum(not lossy.isdisjoint(outline.runs) for outline in kept),
             num_recut_sessions=sum(not recut.isdisjoint(outline.edges) for outline in kept),
@@ -154,9 +157,9 @@ class SessionEncoder:
                         reason="special-token-in-text",
                     )
 
-    def _outline(self, session: Session, runs: list[TextRun]) -> _Outline:
-        """The session with its runs appended to those of the batch."""
-        first_run = len(runs)
+    def _outline(self, session: Session, numbers: dict[TextRun, int]) -> _Outline:
+        """The session with its runs added to those of the batch."""
+        runs: list[int] = []
         segments: list[tuple[int, list[int]]] = []
         edges: list[tuple[str, str]] = []
         text_before = ""  # the run right before this point, if no special token stands between
@@ -171,8 +174,9 @@ class SessionEncoder:
                 if text:
                     if text_before:
                         edges.append((text_before[-_EDGE_LEFT:], text[:_EDGE_RIGHT]))
-                    parts.append(~len(runs))
-                    runs.append((text, bool(text_before)))
+                    run = (text, bool(text_before))
+                    runs.append(numbers.setdefault(run, len(numbers)))
+                    parts.append(~runs[-1])
                     text_before, text = text, ""
                 if part is not None:
                     token_id = self._special_id(part, session)
@@ -183,7 +187,7 @@ class SessionEncoder:
         return _Outline(
             location=session.location,
             segments=segments,
-            runs=range(first_run, len(runs)),
+            runs=runs,
             edges=edges,
         )
 

@@ -6,15 +6,13 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from megatron_multiturn.errors import DatasetError
 from megatron_multiturn.modes import MAX_TURN_WEIGHTS
 from megatron_multiturn.vocabulary import TokenizerIdentity
 
 FORMAT_VERSION = 1
-
-_Part = TypeVar("_Part")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +114,7 @@ def _from_json(value: dict[str, Any], path: str) -> Manifest:
     return _part(Manifest, fields)
 
 
-def _part(kind: type[_Part], value: dict[str, Any]) -> _Part:
+def _part[Part](kind: type[Part], value: dict[str, Any]) -> Part:
     """The dataclass, of exactly its fields, numbers and texts of the declared type."""
     made = kind(**value)
     for field in dataclasses.fields(made):  # type: ignore[arg-type]

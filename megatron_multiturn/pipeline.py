@@ -8,10 +8,11 @@ import contextlib
 import json
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -102,8 +103,12 @@ def preprocess_sessions(
     rejected: Counter[str] = Counter()
     totals: Counter[str] = Counter()
     first_error: SessionError | None = None
-    with writer, _rejected_file(job) as rejected_file:
-        for chunk in _encode_all(job, encoder):
+    with (
+        writer,
+        _rejected_file(job) as rejected_file,
+        contextlib.closing(_encode_all(job, encoder)) as chunks,
+    ):
+        for chunk in chunks:
             for bad in chunk.rejected:
                 if not job.skip_bad_sessions:
                     raise bad.error
@@ -119,9 +124,7 @@ def preprocess_sessions(
                 f"all {rejected.total():,} sessions were rejected, so there is nothing to write; "
                 f"the first: {first_error}"
             )
-        writer.describe(
-            rejected=rejected, inputs=[describe_input(path) for path in job.inputs]
-        )
+        writer.describe(rejected=rejected, inputs=[describe_input(path) for path in job.inputs])
     return Summary(
         counts=writer.counts,
         num_unknown_tokens=totals["num_unknown_tokens"],
@@ -178,7 +181,7 @@ def _rejected_line(bad: _Rejected) -> str:
     return json.dumps(entry, ensure_ascii=False) + "\n"
 
 
-def _encode_all(job: Job, encoder: SessionEncoder) -> Iterator[_Encoded]:
+def _encode_all(job: Job, encoder: SessionEncoder) -> Generator[_Encoded]:
     """The encoded chunks of all files, in order, with a progress bar on a terminal."""
     work = _Work(encoder=encoder, form=job.form)
     num_bytes = sum(os.path.getsize(path) for path in job.inputs)
@@ -196,7 +199,7 @@ def _encode_all(job: Job, encoder: SessionEncoder) -> Iterator[_Encoded]:
             bar.update(chunk.num_bytes)
 
 
-def _map_in_order(work: "_Work", job: Job) -> Iterator[_Encoded]:
+def _map_in_order(work: "_Work", job: Job) -> Generator[_Encoded]:
     chunks = _cut_chunks(record for path in job.inputs for record in read_records(path))
     if job.num_workers == 1:
         yield from map(work.encode_chunk, chunks)
@@ -282,6 +285,9 @@ def _start_worker(work: _Work, parent: int) -> None:
     global _worker_work
     _worker_work = work
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # The parent cleans up on either signal, and ends its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
 
 
@@ -295,33 +301,3 @@ def _end_with_parent(parent: int) -> None:
 def _encode_in_worker(chunk: _Chunk) -> _Encoded:
     assert _worker_work is not None
     return _worker_work.encode_chunk(chunk)
-
-
-def format_summary(summary: Summary, prefix: str) -> str:
-    """The closing tally."""
-    counts = summary.counts
-    num_rejected = sum(counts.rejected.values())
-    seconds = max(summary.seconds, 1e-9)
-    lines = [
-        f"{prefix}: {counts.sessions:,} sessions, {counts.turns:,} turns, {counts.tokens:,} "
-        f"tokens, {counts.target_tokens:,} target tokens "
-        f"({counts.target_tokens / counts.tokens:.1%})",
-        f"  {summary.seconds:.1f} s, {(counts.sessions + num_rejected) / seconds:,.0f} sessions/s, "
-        f"{counts.tokens / seconds:,.0f} tokens/s",
-        f"  rejected: {num_rejected:,} sessions"
-        + (f", see {summary.rejected_path}" if summary.rejected_path else ""),
-    ]
-    lines += [f"    {reason}: {number:,}" for reason, number in counts.rejected.items()]
-    for number, what in (
-        (summary.num_unknown_tokens, "tokens are unknown to the vocabulary"),
-        (summary.num_lossy_sessions, "sessions do not decode to exactly their text"),
-        (summary.num_recut_sessions, "sessions tokenise differently as one text"),
-    ):
-        if number:
-            lines.append(f"  note: {number:,} {what}")
-    if summary.omits_bos:
-        lines.append("  note: the tokenizer has no BOS token; the template's <s> is left out")
-    return "\n".join(lines)
-
-
-__all__ = ["Job", "Sequence", "Summary", "check_outputs", "format_summary", "preprocess_sessions"]

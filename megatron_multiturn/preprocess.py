@@ -7,17 +7,15 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
+from megatron_multiturn.encoding import SessionEncoder
 from megatron_multiturn.errors import ConfigError, MultiTurnError
+from megatron_multiturn.pipeline import Job, Summary, check_outputs, preprocess_sessions
 from megatron_multiturn.records import check_input_files
 from megatron_multiturn.sessions import FORMATS
 from megatron_multiturn.templates import TEMPLATES
+from megatron_multiturn.tokenizer_flags import add_tokenizer_flags, build_tokenizer
+from megatron_multiturn.vocabulary import open_vocabulary, tokenizer_fingerprint
 
-TOKENIZER_TYPES = (
-    "SentencePieceTokenizer",
-    "GPTSentencePieceTokenizer",
-    "Llama2Tokenizer",
-    "HuggingFaceTokenizer",
-)
 _MAX_DEFAULT_WORKERS = 16
 
 
@@ -51,26 +49,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="processes that encode (default: one a core, at most "
         f"{_MAX_DEFAULT_WORKERS}); the output is the same for any number",
     )
-    group = parser.add_argument_group("tokenizer", "as for training; see Megatron's own flags")
-    group.add_argument("--tokenizer-type", required=True, choices=TOKENIZER_TYPES)
-    group.add_argument("--tokenizer-model", required=True, metavar="PATH")
-    group.add_argument("--tokenizer-metadata", dest="metadata_path", metavar="FILE")
-    group.add_argument("--vocab-file", metavar="FILE")
-    group.add_argument("--merge-file", metavar="FILE")
-    group.add_argument(
-        "--tokenizer-special-tokens", dest="special_tokens", nargs="*", metavar="TOKEN"
-    )
-    group.add_argument("--tokenizer-sentencepiece-legacy", action="store_true")
-    group.add_argument("--tokenizer-hf-no-use-fast", action="store_true")
-    group.add_argument("--tokenizer-hf-no-include-special-tokens", action="store_true")
-    group.add_argument("--trust-remote-code", action="store_true")
+    add_tokenizer_flags(parser, required=True)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; 0, or 1 with one line on stderr."""
     args = build_parser().parse_args(argv)
-    signal.signal(signal.SIGTERM, _raise_exit)
+    handler_before = signal.signal(signal.SIGTERM, _raise_exit)
     try:
         _run(args)
     except MultiTurnError as error:
@@ -79,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("error: interrupted; nothing was written", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, handler_before)
     return 0
 
 
@@ -91,11 +79,6 @@ def _run(args: argparse.Namespace) -> None:
     if args.workers < 1:
         raise ConfigError(f"--workers {args.workers}: at least one process must encode; pass 1")
     check_input_files(args.input)
-    # What follows takes seconds to import: not for --help or a mistyped file name.
-    from megatron_multiturn.encoding import SessionEncoder
-    from megatron_multiturn.pipeline import Job, check_outputs, format_summary, preprocess_sessions
-    from megatron_multiturn.vocabulary import open_vocabulary, tokenizer_fingerprint
-
     job = Job(
         inputs=tuple(args.input),
         prefix=args.output_prefix,
@@ -105,36 +88,39 @@ def _run(args: argparse.Namespace) -> None:
         overwrite=args.overwrite,
     )
     check_outputs(job)
-    tokenizer = _build_tokenizer(args)
+    tokenizer = build_tokenizer(args)
     template = TEMPLATES[args.template]
     encoder = SessionEncoder(template, open_vocabulary(tokenizer))
     identity = tokenizer_fingerprint(tokenizer, args.tokenizer_type)
     summary = preprocess_sessions(job, encoder, tokenizer=identity, template=template)
-    print(format_summary(summary, args.output_prefix))
+    print(_format_summary(summary, args.output_prefix))
 
 
-def _build_tokenizer(args: argparse.Namespace) -> object:
-    if not os.path.exists(args.tokenizer_model) and args.tokenizer_type != "HuggingFaceTokenizer":
-        raise ConfigError(f"--tokenizer-model {args.tokenizer_model}: no such file; correct it")
-    from megatron_multiturn.megatron_compat import build_megatron_tokenizer
-
-    # What else Megatron reads: only of use to training, or to other tokenizer types.
-    settings = argparse.Namespace(
-        **vars(args),
-        chat_template=None,
-        vocab_size=None,
-        pad_vocab_size=False,
-        padded_vocab_size=None,
-        tokenizer_sentencepiece_ignore_extra_whitespaces=True,
-        rank=0,
-    )
-    try:
-        return build_megatron_tokenizer(settings)
-    except Exception as error:  # Megatron and the tokenizer libraries raise of every kind
-        raise ConfigError(
-            f"Megatron cannot build the {args.tokenizer_type} of --tokenizer-model "
-            f"{args.tokenizer_model}: {str(error).strip() or type(error).__name__}"
-        ) from error
+def _format_summary(summary: Summary, prefix: str) -> str:
+    """The closing tally."""
+    counts = summary.counts
+    num_rejected = sum(counts.rejected.values())
+    seconds = max(summary.seconds, 1e-9)
+    lines = [
+        f"{prefix}: {counts.sessions:,} sessions, {counts.turns:,} turns, {counts.tokens:,} "
+        f"tokens, {counts.target_tokens:,} target tokens "
+        f"({counts.target_tokens / counts.tokens:.1%})",
+        f"  {summary.seconds:.1f} s, {(counts.sessions + num_rejected) / seconds:,.0f} sessions/s, "
+        f"{counts.tokens / seconds:,.0f} tokens/s",
+        f"  rejected: {num_rejected:,} sessions"
+        + (f", see {summary.rejected_path}" if summary.rejected_path else ""),
+    ]
+    lines += [f"    {reason}: {number:,}" for reason, number in counts.rejected.items()]
+    for number, what in (
+        (summary.num_unknown_tokens, "tokens are unknown to the vocabulary"),
+        (summary.num_lossy_sessions, "sessions do not decode to exactly their text"),
+        (summary.num_recut_sessions, "sessions tokenise differently as one text"),
+    ):
+        if number:
+            lines.append(f"  note: {number:,} {what}")
+    if summary.omits_bos:
+        lines.append("  note: the tokenizer has no BOS token; the template's <s> is left out")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

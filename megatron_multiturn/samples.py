@@ -29,9 +29,11 @@ __all__ = [
     "RowFormat",
     "RowTurns",
     "SessionArrays",
+    "TargetRuns",
     "build_row",
     "row_turns",
     "sqrt_divisor_unit",
+    "target_runs",
 ]
 
 
@@ -81,6 +83,24 @@ class RowFormat:
             )
         if self.divisor_unit < 1 or self.divisor_unit & (self.divisor_unit - 1):
             raise ConfigError(f"the divisor unit is {self.divisor_unit}, not a power of two")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetRuns:
+    """Where the targets of some sessions are, in tokens from the start of each session.
+
+    The first token of a session is no target, and a run or a turn without a target is not here.
+    """
+
+    session: NDArray[np.int64]  # (num_runs,)
+    begin: NDArray[np.int64]  # (num_runs,)
+    end: NDArray[np.int64]  # (num_runs,)
+    turn: NDArray[np.int64]  # (num_runs,): from 0, over all sessions
+    first_run: NDArray[np.int64]  # (num_turns,)
+
+    def sum_by_turn(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(num_runs,) -> (num_turns,)."""
+        return np.add.reduceat(values, self.first_run) if len(values) else values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,30 +174,27 @@ def row_turns(
     # Targets of a piece lie in [first, stop): a token that opens a piece is predicted by nothing.
     first = np.maximum(target_start, start + (system_stop == 0))
     piece_lengths = _piece_lengths(spans, row_format.piece_multiple)
-    piece, begin, end, turn_mark = _target_runs(sessions)
-    if row_format.sessions_end_with_piece:
-        end = np.minimum(end, stop[piece])
-    kept = np.flatnonzero(begin < end)
-    piece, begin, end, turn_mark = piece[kept], begin[kept], end[kept], turn_mark[kept]
-
-    opens_turn = np.ones(len(kept), dtype=np.bool_)
-    opens_turn[1:] = (turn_mark[1:] != turn_mark[:-1]) | (piece[1:] != piece[:-1])
-    first_run = np.flatnonzero(opens_turn)
-    turn_of_run = np.cumsum(opens_turn) - 1
-    run_begin = np.maximum(begin, first[piece])
-    run_length = np.maximum(np.minimum(end, stop[piece]) - run_begin, 0)
+    runs = target_runs(
+        np.array([len(session.modes) for session in sessions]),
+        np.concatenate([session.segment_lengths for session in sessions]),
+        np.concatenate([session.modes for session in sessions]),
+        session_stops=stop if row_format.sessions_end_with_piece else None,
+    )
+    piece = runs.session
+    run_begin = np.maximum(runs.begin, first[piece])
+    run_length = np.maximum(np.minimum(runs.end, stop[piece]) - run_begin, 0)
     here = np.flatnonzero(run_length)
 
-    piece_of_turn = piece[first_run]
+    piece_of_turn = piece[runs.first_run]
     turns_per_piece = np.bincount(piece_of_turn, minlength=len(spans))
     turns_before = np.cumsum(turns_per_piece) - turns_per_piece
-    turn_in_session = np.arange(len(first_run)) - turns_before[piece_of_turn]
-    num_targets = np.add.reduceat(run_length, first_run) if len(first_run) else first_run
-    turn_begin = begin[first_run]
+    turn_in_session = np.arange(len(piece_of_turn)) - turns_before[piece_of_turn]
+    num_targets = runs.sum_by_turn(run_length)
+    turn_begin = runs.begin[runs.first_run]
     loss_token_num, divisor = weigh_turns(
         row_format.loss_average,
         num_targets=num_targets,
-        session_targets=np.add.reduceat(end - begin, first_run) if len(first_run) else first_run,
+        session_targets=runs.sum_by_turn(runs.end - runs.begin),
         starts_here=(turn_begin >= first[piece_of_turn]) & (turn_begin < stop[piece_of_turn]),
         turn_in_session=turn_in_session,
         turns_per_piece=turns_per_piece,
@@ -189,29 +206,41 @@ def row_turns(
         num_targets=num_targets,
         loss_token_num=loss_token_num / row_format.divisor_unit,
         divisor=divisor,
-        run_turn=turn_of_run[here],
+        run_turn=runs.turn[here],
         run_begin=(run_begin + shift[piece])[here],
         run_length=run_length[here],
     )
 
 
-def _target_runs(sessions: Sequence[SessionArrays]) -> tuple[NDArray[np.int64], ...]:
-    """piece, begin, end and turn mark of every target segment, each (num_runs,).
-
-    Offsets are in tokens from the start of the session, whose first token is no target. Runs of
-    one session with the same mark are one turn.
-    """
-    num_segments = np.array([len(session.modes) for session in sessions])
-    modes = np.concatenate([session.modes for session in sessions])
-    lengths = np.concatenate([session.segment_lengths for session in sessions], dtype=np.int64)
+def target_runs(
+    num_segments: NDArray[np.int64],  # (num_sessions,)
+    segment_lengths: NDArray[np.int32],  # of all sessions, one after the other
+    modes: NDArray[np.int8],  # the same
+    *,
+    session_stops: NDArray[np.int64] | None = None,  # (num_sessions,)
+) -> TargetRuns:
+    """The targets of any number of sessions; those from `session_stops` on are left out."""
     targets = np.flatnonzero(is_target(modes))
-    ends = np.cumsum(lengths)
-    tokens_before = np.zeros(len(sessions), dtype=np.int64)
+    ends = np.cumsum(segment_lengths, dtype=np.int64)
+    tokens_before = np.zeros(len(num_segments), dtype=np.int64)
     tokens_before[1:] = ends[np.cumsum(num_segments)[:-1] - 1]
-    piece = np.repeat(np.arange(len(sessions)), num_segments)[targets]
-    end = ends[targets] - tokens_before[piece]
-    begin = np.maximum(end - lengths[targets], 1)
-    return piece, begin, end, np.cumsum(begins_turn(modes))[targets]
+    session = np.repeat(np.arange(len(num_segments)), num_segments)[targets]
+    end = ends[targets] - tokens_before[session]
+    begin = np.maximum(end - segment_lengths[targets], 1)
+    if session_stops is not None:
+        end = np.minimum(end, session_stops[session])
+    turn_mark = np.cumsum(begins_turn(modes))[targets]
+    kept = np.flatnonzero(begin < end)
+    session, turn_mark = session[kept], turn_mark[kept]
+    opens_turn = np.ones(len(kept), dtype=np.bool_)
+    opens_turn[1:] = (turn_mark[1:] != turn_mark[:-1]) | (session[1:] != session[:-1])
+    return TargetRuns(
+        session=session,
+        begin=begin[kept],
+        end=end[kept],
+        turn=np.cumsum(opens_turn) - 1,
+        first_run=np.flatnonzero(opens_turn),
+    )
 
 
 def _piece_lengths(spans: NDArray[np.int32], piece_multiple: int) -> NDArray[np.int64]:

@@ -4,18 +4,13 @@
 session, sequence = segment, mode = `modes.py`. They are written and read here without it, because
 it keeps every segment as Python objects, wraps token ids that do not fit, and checks by `assert`.
 
-    .bin  the tokens of all segments, one after the other, uint16 or int32
-    .idx  magic "MMIDIDX\\0\\0", uint64 version 1, uint8 dtype code, uint64 num_segments,
-          uint64 num_sessions + 1,
-          int32 (num_segments,) lengths, int64 (num_segments,) byte offsets in .bin,
-          int64 (num_sessions + 1,) first segment of each session, int8 (num_segments,) modes
-
-Everything is little-endian, as on every machine that Megatron runs on.
+    .bin   the tokens of all segments, one after the other, uint16 or int32
+    .idx   see `index_file.py`
+    .json  see `manifest.py`
 """
 
 import contextlib
 import os
-import struct
 from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,12 +18,13 @@ from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
 from megatron_multiturn import modes as mode_bits
 from megatron_multiturn._version import __version__
 from megatron_multiturn.encoding import EncodedSession
 from megatron_multiturn.errors import ConfigError, DatasetError
+from megatron_multiturn.index_file import read_index, smallest_token_dtype, write_index
 from megatron_multiturn.manifest import (
     FORMAT_VERSION,
     Counts,
@@ -48,19 +44,6 @@ __all__ = [
     "output_paths",
     "tokenizer_fingerprint",
 ]
-
-_HEADER = struct.Struct("<9sQBQQ")
-_MAGIC = b"MMIDIDX\x00\x00"
-_IDX_VERSION = 1
-_DTYPE_OF_CODE: dict[int, type[np.generic]] = {4: np.int32, 8: np.uint16}
-# Megatron's own limit (DType.optimal_dtype), a little below what uint16 holds.
-_UINT16_VOCAB_SIZE = 65500
-_INDEX_CHUNK = 1 << 20
-
-
-def token_dtype_code(vocab_size: int) -> int:
-    """Megatron's code of the smallest dtype that holds the token ids: 8 uint16, 4 int32."""
-    return 8 if vocab_size < _UINT16_VOCAB_SIZE else 4
 
 
 def output_paths(prefix: str) -> tuple[str, str, str]:
@@ -108,12 +91,15 @@ class SessionStore:
 
     @property
     def num_sessions(self) -> int:
-        return len(self._first_segments) - 1
+        return len(self._index.first_segments) - 1
 
     def session_lengths(self) -> NDArray[np.int64]:
         """Tokens of each session, from the .idx alone; int64 (num_sessions,)."""
-        total = self.manifest.bin_bytes // self._dtype.itemsize
-        starts = self._offsets[self._first_segments[:-1]] // self._dtype.itemsize
+        total = self.manifest.bin_bytes // self._index.token_dtype.itemsize
+        starts = (
+            self._index.byte_offsets[self._index.first_segments[:-1]]
+            // self._index.token_dtype.itemsize
+        )
         return np.diff(starts, append=total)
 
     def segment_index(self) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int8]]:
@@ -122,19 +108,21 @@ class SessionStore:
         Returns the first segment of each session, int64 (num_sessions + 1,); the lengths of all
         segments, int32 (num_segments,); their modes, int8 (num_segments,).
         """
-        return self._first_segments, self._lengths, self._modes
+        return self._index.first_segments, self._index.segment_lengths, self._index.modes
 
     def session(self, index: int) -> EncodedSession:
         """Session `index`, from 0; raises IndexError beyond the last."""
         if not 0 <= index < self.num_sessions:
             raise IndexError(f"session {index} of {self.num_sessions:,} in {self._prefix}")
-        segments = slice(int(self._first_segments[index]), int(self._first_segments[index + 1]))
-        lengths = self._lengths[segments]
-        start = int(self._offsets[segments.start]) // self._dtype.itemsize
+        segments = slice(
+            int(self._index.first_segments[index]), int(self._index.first_segments[index + 1])
+        )
+        lengths = self._index.segment_lengths[segments]
+        start = int(self._index.byte_offsets[segments.start]) // self._index.token_dtype.itemsize
         return EncodedSession(
             tokens=self._read_tokens(start, int(lengths.sum())).astype(np.int32),
             segment_lengths=np.array(lengths),
-            modes=np.array(self._modes[segments]),
+            modes=np.array(self._index.modes[segments]),
             location=f"{self._prefix}[{index}]",
         )
 
@@ -146,49 +134,24 @@ class SessionStore:
         self._read_index()
 
     def _read_index(self) -> None:
-        path = self._prefix + ".idx"
-        with open(path, "rb") as stream:
-            header = stream.read(_HEADER.size)
-        broken = DatasetError(
-            f"{path}: not the index that the manifest {manifest_path(self._prefix)} describes; "
-            "preprocess again"
-        )
-        if len(header) < _HEADER.size:
-            raise broken
-        magic, version, code, num_segments, num_starts = _HEADER.unpack(header)
+        index = read_index(self._prefix + ".idx")
         counts = self.manifest.counts
-        if (magic, version, num_segments, num_starts) != (
-            _MAGIC,
-            _IDX_VERSION,
-            counts.segments,
-            counts.sessions + 1,
-        ) or code not in _DTYPE_OF_CODE:
-            raise broken
-        self._dtype = np.dtype(_DTYPE_OF_CODE[code])
-        index_bytes = _HEADER.size + num_segments * (4 + 8 + 1) + num_starts * 8
-        if index_bytes != self.manifest.idx_bytes:
-            raise broken
-        data = np.memmap(path, dtype=np.uint8, mode="r")
-        at = _HEADER.size
-
-        def take(dtype: DTypeLike, count: int) -> NDArray[Any]:
-            nonlocal at
-            start, at = at, at + count * np.dtype(dtype).itemsize
-            return np.ndarray(count, dtype, buffer=data, offset=start)
-
-        self._lengths: NDArray[np.int32] = take(np.int32, num_segments)
-        self._offsets: NDArray[np.int64] = take(np.int64, num_segments)
-        self._first_segments: NDArray[np.int64] = take(np.int64, num_starts)
-        self._modes: NDArray[np.int8] = take(np.int8, num_segments)
+        found = (len(index.first_segments) - 1, len(index.modes))
+        if found != (counts.sessions, counts.segments):
+            raise DatasetError(
+                f"{self._prefix}.idx: {found[0]:,} sessions and {found[1]:,} segments, but the "
+                f"manifest says {counts.sessions:,} and {counts.segments:,}; preprocess again"
+            )
+        self._index = index
         self._tokens: NDArray[Any] | None = None
         if self._mmap:
-            self._tokens = np.memmap(self._prefix + ".bin", dtype=self._dtype, mode="r")
+            self._tokens = np.memmap(self._prefix + ".bin", dtype=index.token_dtype, mode="r")
 
     def _read_tokens(self, start: int, count: int) -> NDArray[Any]:
         if self._tokens is not None:
             return np.asarray(self._tokens[start : start + count])
-        offset = start * self._dtype.itemsize
-        return np.fromfile(self._prefix + ".bin", self._dtype, count, offset=offset)
+        offset = start * self._index.token_dtype.itemsize
+        return np.fromfile(self._prefix + ".bin", self._index.token_dtype, count, offset=offset)
 
 
 class SessionWriter:
@@ -211,15 +174,13 @@ class SessionWriter:
     ) -> None:
         if not 1 <= len(turn_weights) <= mode_bits.MAX_TURN_WEIGHTS:
             raise ConfigError(
-                f"{len(turn_weights)} turn weights; a dataset has 1 to "
-                f"{mode_bits.MAX_TURN_WEIGHTS}"
+                f"{len(turn_weights)} turn weights; a dataset has 1 to {mode_bits.MAX_TURN_WEIGHTS}"
             )
         self._prefix = prefix
         self._tokenizer = tokenizer
         self._template = template
         self._turn_weights = tuple(float(weight) for weight in turn_weights)
-        self._code = token_dtype_code(tokenizer.vocab_size)
-        self._dtype = np.dtype(_DTYPE_OF_CODE[self._code])
+        self._dtype = smallest_token_dtype(tokenizer.vocab_size)
         self._temporary = [f"{path}.{os.getpid()}.tmp" for path in output_paths(prefix)]
         self._lengths = array("i")
         self._modes = array("b")
@@ -316,7 +277,13 @@ class SessionWriter:
         self._bin.flush()
         os.fsync(self._bin.fileno())
         with open(self._temporary[1], "wb") as stream:
-            self._write_index(stream)
+            write_index(
+                stream,
+                token_dtype=self._dtype,
+                segment_lengths=np.frombuffer(self._lengths, dtype=np.int32),
+                first_segments=np.frombuffer(self._first_segments, dtype=np.int64),
+                modes=np.frombuffer(self._modes, dtype=np.int8),
+            )
             _sync(stream)
         manifest = Manifest(
             format_version=FORMAT_VERSION,
@@ -338,21 +305,6 @@ class SessionWriter:
         for temporary, path in zip(self._temporary, output_paths(self._prefix), strict=True):
             os.replace(temporary, path)
         _sync_folder(Path(self._prefix).parent)
-
-    def _write_index(self, stream: BinaryIO) -> None:
-        lengths = np.frombuffer(self._lengths, dtype=np.int32)
-        num_starts = len(self._first_segments)
-        stream.write(_HEADER.pack(_MAGIC, _IDX_VERSION, self._code, len(lengths), num_starts))
-        stream.write(lengths.tobytes())
-        offset = 0
-        for start in range(0, len(lengths), _INDEX_CHUNK):
-            num_bytes = lengths[start : start + _INDEX_CHUNK].astype(np.int64)
-            num_bytes *= self._dtype.itemsize
-            ends = np.cumsum(num_bytes) + offset
-            stream.write((ends - num_bytes).tobytes())
-            offset = int(ends[-1])
-        stream.write(self._first_segments.tobytes())
-        stream.write(self._modes.tobytes())
 
 
 def count_targets(session: EncodedSession) -> tuple[int, int]:

@@ -71,9 +71,7 @@ class Template:
             return _render_plain(session)
         segments: list[Segment] = []
         leading = True
-        for message, following in zip(
-            session.messages, (*session.messages[1:], None), strict=True
-        ):
+        for message, following in zip(session.messages, (*session.messages[1:], None), strict=True):
             leading = leading and message.role == "system"
             segments += _segments(self.render_message(message, following), leading=leading)
         return _with_opening(self.opening, segments)
@@ -113,9 +111,7 @@ def _segments(parts: list[tuple[Part, bool]], *, leading: bool) -> list[Segment]
             has_turn = True
         else:
             segments.append(
-                Segment(
-                    kind=CONTEXT, parts=run, starts_message=start == 0, leading_system=leading
-                )
+                Segment(kind=CONTEXT, parts=run, starts_message=start == 0, leading_system=leading)
             )
         start = stop
     return segments

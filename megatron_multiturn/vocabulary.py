@@ -84,38 +84,43 @@ class SentencePieceVocabulary:
 
     def _own_or(self, name: str, wrapper: Any, otherwise: int) -> int | None:
         token = getattr(wrapper, name, None)
-        return self._added.get(token, _id_or_none(otherwise))
+        return self._added[token] if token in self._added else _id_or_none(otherwise)
 
 
 class HuggingFaceVocabulary:
-    """Over `transformers.PreTrainedTokenizerBase`, fast or not."""
+    """Over `transformers.PreTrainedTokenizerBase`, fast or not.
+
+    A fast one is called at the Rust tokenizer below it: the wrapper's own work on the way in and
+    out takes as long as the tokenisation.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        self._backend = tokenizer.backend_tokenizer if tokenizer.is_fast else None
         self.size: int = len(tokenizer)
         self.bos_id = _id_or_none(tokenizer.bos_token_id)
         self.eos_id = _id_or_none(tokenizer.eos_token_id)
         self.unknown_id = _id_or_none(tokenizer.unk_token_id)
-        # Sessions may be longer than the length that the tokenizer warns at.
-        tokenizer.model_max_length = 1 << 60
+        if self._backend is not None:
+            self._backend.no_truncation()
+            self._backend.no_padding()
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        if not texts:
-            return []
-        return self._tokenizer(
-            list(texts),
-            add_special_tokens=False,
-            split_special_tokens=True,
-            padding=False,
-            truncation=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-        )["input_ids"]
+        if self._backend is None:
+            return [
+                self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)[
+                    "input_ids"
+                ]
+                for text in texts
+            ]
+        self._backend.encode_special_tokens = True  # as text, that is
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[list[int]]) -> list[str]:
-        return self._tokenizer.batch_decode(
-            list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
+        if self._backend is not None:
+            return self._backend.decode_batch(list(ids), skip_special_tokens=False)
+        return [self._tokenizer.decode(one, clean_up_tokenization_spaces=False) for one in ids]
 
     def id_of(self, token: str) -> int | None:
         return _id_or_none(self._tokenizer.get_vocab().get(token))
@@ -198,7 +203,7 @@ def open_vocabulary(tokenizer: Any) -> Vocabulary:
 def tokenizer_fingerprint(tokenizer: Any, tokenizer_type: str) -> TokenizerIdentity:
     """The identity of one of Megatron's tokenizers, from its vocabulary and special tokens."""
     wrapper = getattr(tokenizer, "_tokenizer", tokenizer)
-    below = getattr(wrapper, "tokenizer", None)
+    below: Any = getattr(wrapper, "tokenizer", None)
     if hasattr(below, "get_vocab"):
         pieces = sorted((index, piece) for piece, index in below.get_vocab().items())
         special = [below.bos_token_id, below.eos_token_id, below.pad_token_id, below.unk_token_id]

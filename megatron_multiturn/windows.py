@@ -65,10 +65,13 @@ class CutReport:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.num_sessions:,} sessions, {self.num_long_sessions:,} longer than the window: "
-            f"{self.num_sessions_cut:,} cut into {self.num_pieces_made:,} pieces, "
-            f"{self.num_sessions_dropped:,} dropped"
+            f"{self.num_sessions:,} sessions, {self.num_long_sessions:,} longer than the window"
         ]
+        if self.num_long_sessions:
+            lines[0] += (
+                f": {self.num_sessions_cut:,} cut into {self.num_pieces_made:,} pieces, "
+                f"{self.num_sessions_dropped:,} dropped"
+            )
         rest = {
             "turns cut inside": self.num_turns_cut,
             "target tokens lost": self.num_targets_lost,
@@ -152,8 +155,8 @@ def _window(sequence_length: int, session_window: int | None, window_context: in
     context = window // 4 if window_context is None else window_context
     if not 0 <= context < window:
         raise ConfigError(
-            f"--window-context is {context}; it must be at least 0 and smaller than the window "
-            f"({window}), or no room is left for new turns"
+            f"--window-context comes to {context} tokens; it must be at least 0 and smaller than "
+            f"the window ({window}), or no room is left for new turns"
         )
     return Window(capacity=window + 1, context=context)
 

@@ -20,6 +20,11 @@ from megatron_multiturn.modes import (
     TARGET_BEGIN,
     TARGET_CONTINUE,
 )
+from megatron_multiturn.packing import PackPlan, pack
+from megatron_multiturn.samples import RowFormat, build_row
+from megatron_multiturn.windows import cut_sessions
+
+Row = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -95,3 +100,27 @@ def segment_index(sessions: list[DrawnSession]) -> tuple[NDArray[Any], NDArray[A
 
 def session_lengths(sessions: list[DrawnSession]) -> NDArray[np.int64]:
     return np.array([len(session.tokens) for session in sessions], dtype=np.int64)
+
+
+def plan_of(corpus: list[DrawnSession], length: int, multiple: int) -> PackPlan:
+    """One epoch of a corpus that has to hold sessions to cut, and turns to cut inside."""
+    pieces, report = cut_sessions(
+        session_lengths(corpus),
+        sequence_length=length,
+        long_session="window",
+        segment_index=segment_index(corpus),
+    )
+    assert report.num_sessions_cut > 50
+    assert report.num_turns_cut > 10
+    return pack(pieces, sequence_length=length, piece_multiple=multiple, seed=0)
+
+
+def build_rows(corpus: list[DrawnSession], plan: PackPlan, row_format: RowFormat) -> list[Row]:
+    return [
+        build_row(
+            [corpus[session] for session in plan.pieces.session[pieces]],
+            plan.pieces.spans[pieces],
+            row_format,
+        )
+        for pieces in map(plan.pieces_of_row, range(plan.num_rows))
+    ]

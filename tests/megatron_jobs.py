@@ -22,7 +22,7 @@ MODEL_FLAGS = (
 TRAINING_FLAGS = (
     "--lr 1e-2 --min-lr 1e-2 --lr-decay-style constant --weight-decay 0 --clip-grad 0 "
     "--adam-eps 1e-3 --seed 7 --num-workers 0 --no-load-optim --no-load-rng --finetune "
-    "--split 100,0,0 --eval-iters 0 --log-interval 1 --no-one-logger"
+    "--split 100,0,0 --eval-iters 0 --eval-interval 1000 --log-interval 1 --no-one-logger"
 ).split()
 
 
@@ -114,3 +114,40 @@ def relative_difference(
     return max(
         float((ours[name] - wanted).norm() / wanted.norm()) for name, wanted in reference.items()
     )
+
+
+def make_dataset(
+    folder: Path, sessions: Sequence[dict[str, object]], tokenizer_model: Path
+) -> list[str]:
+    """Preprocess `sessions` (OpenAI messages); the flags with which a job trains on them."""
+    from megatron_multiturn.preprocess import main
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(session, ensure_ascii=False) for session in sessions]
+    (folder / "sessions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    tokenizer = ["--tokenizer-type", "SentencePieceTokenizer"]
+    tokenizer += ["--tokenizer-model", str(tokenizer_model)]
+    command = ["--input", str(folder / "sessions.jsonl"), "--output-prefix", str(folder / "data")]
+    assert main([*command, *tokenizer, "--template", "firefly", "--workers", "1"]) == 0
+    return [*tokenizer, "--data-path", str(folder / "data")]
+
+
+def train_sentencepiece(folder: Path, texts: Sequence[str], vocab_size: int) -> Path:
+    """A SentencePiece model that knows every character of `texts`."""
+    import io
+
+    import sentencepiece
+
+    folder.mkdir(parents=True, exist_ok=True)
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_writer=model,
+        vocab_size=vocab_size,
+        hard_vocab_limit=False,
+        character_coverage=1.0,
+        minloglevel=2,
+    )
+    path = folder / "tokenizer.model"
+    path.write_bytes(model.getvalue())
+    return path

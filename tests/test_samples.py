@@ -1,27 +1,15 @@
 """Row arrays, against the definitions spelled out token by token."""
 
-from collections import defaultdict
 from dataclasses import replace
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import pytest
-from drawn_sessions import DrawnSession, draw, draw_random, segment_index, session_lengths
+from drawn_sessions import DrawnSession, Row, build_rows, draw, draw_random, plan_of
 from numpy.typing import NDArray
 
 from megatron_multiturn.errors import ConfigError
-from megatron_multiturn.packing import PackPlan, pack
-from megatron_multiturn.samples import (
-    LOSS_AVERAGES,
-    RowFormat,
-    build_row,
-    row_turns,
-    sqrt_divisor_unit,
-)
-from megatron_multiturn.windows import cut_sessions
-
-Row = dict[str, NDArray[Any]]
+from megatron_multiturn.samples import LOSS_AVERAGES, RowFormat, build_row, row_turns
 
 
 def whole(*sessions: DrawnSession) -> NDArray[np.int32]:
@@ -125,30 +113,6 @@ def test_nothing_is_inferred_from_ids() -> None:
         np.testing.assert_array_equal(row["labels"][:4], rows[0]["labels"][:4])
 
 
-def weights(row: Row) -> NDArray[np.float64]:
-    """What each position's loss is multiplied by, before the divisor."""
-    out = np.zeros(len(row["loss_mask"]))
-    scored = row["loss_mask"] > 0
-    out[scored] = 1 / row["loss_token_num"][scored].astype(np.float64)
-    return out
-
-
-@pytest.mark.parametrize(
-    ("average", "expected"),
-    [
-        ("session", [2 / 3, 1 / 6, 1 / 6]),
-        ("prefix", [17 / 24, 5 / 24, 1 / 12]),
-        ("turn", [2 / 4, 1 / 4, 1 / 4]),
-    ],
-)
-def test_the_check_values(average: str, expected: list[float]) -> None:
-    """Sessions {a} and {a, b, c} with answers of one token."""
-    row = row_of("|uA", "|uAuBuC", length=8, loss_average=average)
-    w = weights(row) / row["turn_num"][0]
-    a_alone, a, b, c = w[np.flatnonzero(w)]
-    assert [a_alone + a, b, c] == pytest.approx(expected, rel=1e-6)
-
-
 def test_turns_for_inspection() -> None:
     sessions = [draw("|uA"), draw("|uAAuBuC")]
     row_format = RowFormat(sequence_length=9, max_pieces_per_row=2, pad_token=0)
@@ -171,21 +135,6 @@ def test_truncated_sessions_can_count_what_is_trained() -> None:
 
 
 @pytest.mark.parametrize(
-    ("global_batch_size", "sequence_length", "unit"),
-    [(8, 4096, 4096), (1024, 4096, 256), (2**15, 2**15, 1), (2**7, 2**12, 2048), (1, 1, 4096)],
-)
-def test_sqrt_divisor_unit(global_batch_size: int, sequence_length: int, unit: int) -> None:
-    assert sqrt_divisor_unit(global_batch_size, sequence_length) == unit
-    assert unit * global_batch_size * sequence_length < 2**31
-    assert unit == 4096 or 2 * unit * global_batch_size * sequence_length >= 2**31
-
-
-def test_a_batch_too_large_for_the_divisor() -> None:
-    with pytest.raises(ConfigError, match="make it smaller"):
-        sqrt_divisor_unit(2**16, 2**15)
-
-
-@pytest.mark.parametrize(
     ("options", "match"),
     [
         ({"loss_average": "turns"}, "--loss-average is 'turns'.*turn, token"),
@@ -198,141 +147,10 @@ def test_a_bad_row_format(options: dict[str, Any], match: str) -> None:
         RowFormat(**{"sequence_length": 8, "max_pieces_per_row": 1, "pad_token": 0} | options)
 
 
-# Random corpora, cut and packed, against an oracle that knows sessions and pieces only as text.
-
-
-@pytest.fixture(scope="module")
-def corpus() -> list[DrawnSession]:
-    rng = np.random.default_rng(5)
-    return [draw_random(rng) for _ in range(400)]
-
-
-def plan_of(corpus: list[DrawnSession], length: int, multiple: int) -> PackPlan:
-    pieces, report = cut_sessions(
-        session_lengths(corpus),
-        sequence_length=length,
-        long_session="window",
-        segment_index=segment_index(corpus),
-    )
-    assert report.num_sessions_cut > 50
-    assert report.num_turns_cut > 10
-    return pack(pieces, sequence_length=length, piece_multiple=multiple, seed=0)
-
-
-def rows_of(corpus: list[DrawnSession], plan: PackPlan, row_format: RowFormat) -> list[Row]:
-    return [
-        build_row(
-            [corpus[session] for session in plan.pieces.session[pieces]],
-            plan.pieces.spans[pieces],
-            row_format,
-        )
-        for pieces in map(plan.pieces_of_row, range(plan.num_rows))
-    ]
-
-
-def trained_offsets(session: DrawnSession, span: list[int]) -> list[int]:
-    _, start, target_start, stop = span
-    return [i for i in range(max(start, target_start), stop) if session.turn_of_token[i]]
-
-
-def oracle_weights(
-    corpus: list[DrawnSession], plan: PackPlan, average: str
-) -> tuple[dict[tuple[int, int], Fraction | float], float]:
-    """((session, offset) -> weight of that target, divisor), from what each average equals."""
-    pieces: dict[int, list[list[int]]] = defaultdict(list)
-    for session, span in zip(plan.pieces.session.tolist(), plan.pieces.spans.tolist(), strict=True):
-        pieces[session].append(span)
-    out: dict[tuple[int, int], Fraction | float] = defaultdict(Fraction)
-    divisor: float = 0
-    for number, session in enumerate(corpus):
-        targets = [i for i, turn in enumerate(session.turn_of_token) if turn]
-        by_turn: dict[str, list[int]] = defaultdict(list)
-        for i in targets:
-            by_turn[str(session.turn_of_token[i])].append(i)
-        if average in ("turn", "sqrt"):  # every part of a turn that was cut is a turn of its own
-            for span in pieces[number]:
-                parts: dict[str, list[int]] = defaultdict(list)
-                for i in trained_offsets(session, span):
-                    parts[str(session.turn_of_token[i])].append(i)
-                for part in parts.values():
-                    share = Fraction(1, len(part)) if average == "turn" else len(part) ** -0.5
-                    out.update({(number, i): share for i in part})
-                    divisor += 1 if average == "turn" else len(part) ** 0.5
-            continue
-        if average == "token":
-            out.update({(number, i): Fraction(1) for i in targets})
-            divisor += len(targets)
-        elif average == "session-token":
-            out.update({(number, i): Fraction(1, len(targets)) for i in targets})
-            divisor += bool(targets)
-        elif average == "session":
-            for turn in by_turn.values():
-                out.update({(number, i): Fraction(1, len(turn) * len(by_turn)) for i in turn})
-            divisor += bool(targets)
-        elif average == "prefix":  # one sample for each prefix, all of its answers scored alike
-            for last in range(1, len(by_turn) + 1):
-                for turn in list(by_turn.values())[:last]:
-                    for i in turn:
-                        out[number, i] += Fraction(1, len(turn) * last)
-            divisor += len(by_turn)
-    return out, divisor
-
-
-@pytest.mark.parametrize("multiple", [1, 4])
-@pytest.mark.parametrize("average", LOSS_AVERAGES)
-def test_each_average_is_what_it_equals(
-    corpus: list[DrawnSession], average: str, multiple: int
-) -> None:
-    plan = plan_of(corpus, 16, multiple)
-    unit = 4096 if average == "sqrt" else 1
-    row_format = RowFormat(
-        sequence_length=16,
-        max_pieces_per_row=plan.stats.max_pieces_per_row,
-        piece_multiple=multiple,
-        pad_token=0,
-        loss_average=average,
-        divisor_unit=unit,
-    )
-    expected, expected_divisor = oracle_weights(corpus, plan, average)
-    rows = rows_of(corpus, plan, row_format)
-    got: dict[tuple[int, int], float] = {}
-    for row, pieces in zip(rows, map(plan.pieces_of_row, range(plan.num_rows)), strict=True):
-        row_weights = weights(row) / unit
-        for piece, row_begin in zip(pieces.tolist(), row["cu_seqlens"].tolist(), strict=False):
-            session = int(plan.pieces.session[piece])
-            system_stop, start, *_ = span = plan.pieces.spans[piece].tolist()
-            for offset in trained_offsets(corpus[session], span):
-                position = row_begin + system_stop + offset - start - 1
-                assert (session, offset) not in got
-                assert row["labels"][position] == corpus[session].tokens[offset]
-                got[session, offset] = row_weights[position]
-                row_weights[position] = 0
-        assert not row_weights.any()  # nothing else is scored
-    assert got.keys() == expected.keys()
-    assert len(got) > 2000
-    for target, weight in expected.items():
-        assert got[target] == pytest.approx(float(weight), rel=1e-6)
-    divisor = sum(int(row["turn_num"][0]) for row in rows)
-    rounding = len(rows) / 2 if average == "sqrt" else 0
-    assert divisor == pytest.approx(expected_divisor * unit, abs=rounding)
-
-
-@pytest.mark.parametrize("average", ["session", "session-token", "prefix"])
-def test_a_cut_session_weighs_as_much_as_a_whole_one(
-    corpus: list[DrawnSession], average: str
-) -> None:
-    """The sum of weights equals the divisor, cut or not, even when turns are cut inside."""
-    plan = plan_of(corpus, 16, 1)
-    row_format = RowFormat(
-        sequence_length=16, max_pieces_per_row=16, pad_token=0, loss_average=average
-    )
-    rows = rows_of(corpus, plan, row_format)
-    total = sum(weights(row).sum() for row in rows)
-    assert total == pytest.approx(sum(int(row["turn_num"][0]) for row in rows), rel=1e-6)
-
-
 @pytest.mark.parametrize("multiple", [1, 8])
-def test_rows_token_by_token(corpus: list[DrawnSession], multiple: int) -> None:
+def test_rows_token_by_token(multiple: int) -> None:
+    rng = np.random.default_rng(6)
+    corpus = [draw_random(rng) for _ in range(400)]
     length, pad = 16, 9
     plan = plan_of(corpus, length, multiple)
     row_format = RowFormat(
@@ -341,7 +159,7 @@ def test_rows_token_by_token(corpus: list[DrawnSession], multiple: int) -> None:
         piece_multiple=multiple,
         pad_token=pad,
     )
-    rows = rows_of(corpus, plan, row_format)
+    rows = build_rows(corpus, plan, row_format)
     for row, pieces in zip(rows, map(plan.pieces_of_row, range(plan.num_rows)), strict=True):
         tokens: list[int] = []
         labels: list[int] = []

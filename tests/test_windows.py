@@ -164,13 +164,13 @@ class TestOtherPolicies:
         assert len(pieces) == 2
 
     def test_unknown_policy(self) -> None:
-        with pytest.raises(ConfigError, match="'split'.*window, truncate, drop, error"):
+        with pytest.raises(ConfigError, match=r"'split'.*window, truncate, drop, error"):
             cut([draw("|uA")], 4, "split")
 
-    @pytest.mark.parametrize("options", [{"session_window": 5}, {"session_window": 0}])
-    def test_window_outside_a_row(self, options: dict[str, int]) -> None:
+    @pytest.mark.parametrize("session_window", [0, 5])
+    def test_window_outside_a_row(self, session_window: int) -> None:
         with pytest.raises(ConfigError, match="--session-window"):
-            cut([draw("|uA")], 4, **options)
+            cut([draw("|uA")], 4, session_window=session_window)
 
     @pytest.mark.parametrize("context", [-1, 4, 5])
     def test_window_context_must_leave_room(self, context: int) -> None:

@@ -4,7 +4,9 @@ Run by the tests as SCRIPT.py of `python -m megatron_multiturn`. Beside a traini
 in the folder RECORD_DIR:
 
     losses.jsonl       one line a step: each reduced loss, in full precision
-    gradients-N/       the gradients of step N before the optimizer, as a distributed checkpoint
+    initial/           the parameters before the first step, as a distributed checkpoint, unless
+                       they came from INITIAL_PARAMETERS, such a folder of another run
+    gradients-N/       the gradients of step N before the optimizer, likewise
     parameters/        the parameters after the last step, likewise
 
 Its own datasets and loss, used with `--dataset-provider megatron`, are the split form that the
@@ -48,7 +50,7 @@ class SplitSamples(torch.utils.data.Dataset):
             self.samples += split_session(segments, modes, form)
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return 1000 * len(self.samples)  # a step a pass: more than any test takes
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         tokens, weights = self.samples[index % len(self.samples)]
@@ -105,13 +107,25 @@ split_provider.is_distributed = True
 
 def split_loss(weights, output_tensor):
     loss = (output_tensor.float() * weights).sum()
-    return loss, {"lm loss": loss.detach()}
+    return loss, {"lm loss": loss.detach().clone()}  # Megatron divides `loss` in place
 
 
 def split_forward_step(data_iterator, model):
     batch = next(data_iterator)
     output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
     return output, partial(split_loss, batch["weights"])
+
+
+def sharded_state(model):
+    return {f"chunk{i}": unwrap_model(chunk).sharded_state_dict() for i, chunk in enumerate(model)}
+
+
+def load_parameters(model, optimizer, folder):
+    """Begin with the parameters that a run of any layout saved in `folder`."""
+    loaded = dist_checkpointing.load(sharded_state(model), str(folder))
+    for i, chunk in enumerate(model):
+        unwrap_model(chunk).load_state_dict(loaded[f"chunk{i}"])
+    optimizer.reload_model_params()
 
 
 def save(model, name, *, gradients):
@@ -125,8 +139,7 @@ def save(model, name, *, gradients):
     if torch.distributed.get_rank() == 0:
         folder.mkdir(parents=True)
     torch.distributed.barrier()
-    states = [unwrap_model(chunk).sharded_state_dict() for chunk in model]
-    dist_checkpointing.save({f"chunk{i}": state for i, state in enumerate(states)}, str(folder))
+    dist_checkpointing.save(sharded_state(model), str(folder))
     for p, data in zip(parameters, kept, strict=True):
         p.data.copy_(data)
 
@@ -138,6 +151,10 @@ def record_training():
 
     def recording_setup(*args, **kwargs):
         model, optimizer, scheduler = setup(*args, **kwargs)
+        if "INITIAL_PARAMETERS" in os.environ:
+            load_parameters(model, optimizer, os.environ["INITIAL_PARAMETERS"])
+        else:
+            save(model, "initial", gradients=False)
         step = optimizer.step
 
         def recording_step(*args, **kwargs):
