@@ -48,11 +48,12 @@ begin=$SECONDS
 
 heading() { printf '\n== %s\n' "$*"; }
 
-# explain_failure LOG STATUS: ends the script with the end of the log.
+# explain_failure LOG STATUS: ends the script with the end of the log, without what torchrun says
+# of processes that have failed.
 explain_failure() {
     say ""
-    say "failed with exit code $2; the last lines of $1:"
-    tail -n 20 "$1" >&2
+    say "failed with exit code $2; the end of $1:"
+    sed '/ failed (exitcode: /,$d' "$1" | tail -n 25 >&2
     exit "$2"
 }
 
@@ -98,23 +99,23 @@ gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null
 if ((gpus > 0)); then
     ranks=$((gpus > 1 ? 2 : 1))
     precision=(--bf16)
-    say "  on $ranks GPU(s)"
+    echo "  on $ranks GPU(s)"
 else
     ranks=2
     precision=()
     # Processes of one machine; its host name need not resolve.
     export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo}
-    say "  no GPU: 2 processes on the CPU"
+    echo "  no GPU: 2 processes on the CPU"
 fi
 
 # Some sessions are held back for evaluation, if there are enough to spare any.
 num_sessions=$("$python" -c \
     'import json, sys; print(json.load(open(sys.argv[1]))["counts"]["sessions"])' "$data.json")
 if ((num_sessions >= 40)); then
-    evaluation=(--split 95,5,0 --eval-interval "$train_iters" --eval-iters 8)
+    evaluation=(--split "95,5,0" --eval-iters 8)
 else
-    evaluation=(--split 100,0,0 --eval-iters 0)
-    say "  $num_sessions sessions are too few to hold any back: no evaluation"
+    evaluation=(--split "100,0,0" --eval-iters 0)
+    echo "  $num_sessions sessions are too few to hold any back: no evaluation"
 fi
 
 model=(
@@ -153,6 +154,7 @@ report=(
     --log-interval "$((train_iters >= 20 ? train_iters / 20 : 1))"
     --save "$checkpoint"
     --save-interval "$train_iters"
+    --eval-interval "$((train_iters + 1))" # never reached: evaluates once, at the end
 )
 train() {
     "$python" -m torch.distributed.run --standalone --nproc-per-node "$ranks" \

@@ -10,12 +10,12 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_multiturn.demo_corpus import demo_sessions
 from megatron_multiturn.demo_report import progress_lines, summarize
-from megatron_multiturn.errors import ConfigError, MultiTurnError, SessionError
+from megatron_multiturn.errors import MultiTurnError, SessionError
 from megatron_multiturn.sessions import read_sessions
 
 # Symbols of the templates, so that the tokenizer serves each of them.
@@ -39,15 +39,11 @@ def train_tokenizer(paths: Sequence[str], prefix: str, *, max_vocab_size: int) -
 
     The vocabulary is as large as the text can fill, at most `max_vocab_size`, and larger only
     where the characters alone need it. Bytes stand in for what it lacks, so every text can be
-    written with it, and no text is changed. Raises ConfigError if the files hold no text.
+    written with it, and no text is changed. Raises the first error if no session is good.
     """
     import sentencepiece
 
-    lines = list(_lines_of(paths))
-    if not lines:
-        raise ConfigError(
-            f"{', '.join(paths)}: no readable session; see the errors of preprocessing"
-        )
+    lines = _lines_of(paths)
     counts = Counter(character for line in lines for character in line)
     num_characters = min(len(counts), _MAX_DISTINCT_CHARACTERS)
     kept = sum(count for _, count in counts.most_common(num_characters)) / counts.total()
@@ -70,19 +66,25 @@ def train_tokenizer(paths: Sequence[str], prefix: str, *, max_vocab_size: int) -
     return int(processor.vocab_size())
 
 
-def _lines_of(paths: Sequence[str]) -> Iterator[str]:
-    """The lines of the first messages, long ones cut."""
+def _lines_of(paths: Sequence[str]) -> list[str]:
+    """The lines of the first messages, long ones cut; raises the first error if all are bad."""
+    lines = []
     num_characters = 0
+    first_error = None
     for session in read_sessions(paths):
         if isinstance(session, SessionError):
+            first_error = first_error or session
             continue
         for message in session.messages:
             num_characters += len(message.content)
             for line in message.content.splitlines():
                 for start in range(0, len(line), _MAX_LINE_CHARACTERS):
-                    yield line[start : start + _MAX_LINE_CHARACTERS]
+                    lines.append(line[start : start + _MAX_LINE_CHARACTERS])
         if num_characters >= _MAX_TEXT_CHARACTERS:
-            return
+            break
+    if not lines and first_error is not None:
+        raise first_error
+    return lines
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -126,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             print(summarize(args.log, data_prefix=args.data_prefix, cache=args.cache))
     except MultiTurnError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -100,16 +100,16 @@ def summarize(log: Path, *, data_prefix: str, cache: Path) -> str:
     plan = _training_plan(cache)
     turns, tokens = _seen(plan, SessionStore.open(data_prefix), last.consumed_rows)
     lines = [
-        "                          start      end",
-        f"  lm loss (turn mean)    {first.turn_loss:6.3f}   {last.turn_loss:6.3f}",
-        f"  token loss             {first.token_loss:6.3f}   {last.token_loss:6.3f}",
+        "                        start      end",
+        f"lm loss (turn mean)    {first.turn_loss:6.3f}   {last.turn_loss:6.3f}",
+        f"token loss             {first.token_loss:6.3f}   {last.token_loss:6.3f}",
     ]
     if evaluations:
-        lines.append(f"  held-out lm loss                {evaluations[0].turn_loss:6.3f}")
+        lines.append(f"held-out lm loss                {evaluations[0].turn_loss:6.3f}")
     lines += [
-        f"  packing                {plan.stats.fill:.1%} of the positions filled, "
+        f"packing                {plan.stats.fill:.1%} of the positions filled, "
         f"{plan.stats.num_pieces / plan.stats.num_rows:.1f} pieces a row",
-        f"  seen                   {turns:,} turns, {tokens:,} tokens, "
+        f"seen                   {turns:,} turns, {tokens:,} tokens, "
         f"{last.consumed_rows:,} rows in {last.number:,} iterations "
         f"({last.consumed_rows / plan.stats.num_rows:.1f} epochs)",
     ]

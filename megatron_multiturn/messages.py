@@ -96,23 +96,15 @@ def read_message(
             reason="unknown-role",
         )
     refuse_keys(entry, where)
-    train = _train_flag(entry, where)
-    if train and role != "assistant":
-        raise SessionError(
-            f"{where} is to be trained on but has the role {role!r}; only an assistant's messages "
-            "can be targets: remove its 'train'",
-            reason="untrainable-role",
-        )
+    train = _train_flag(entry, where, role)
     content = entry.get(content_key)
     if not isinstance(content, list):
         return Message(role=role, content=content_of(entry, content_key, where), train=train)
-    text, masked = _join_parts(content, where)
-    if masked and role != "assistant":
-        masked = ()
+    text, masked = _join_parts(content, where, role)
     return Message(role=role, content=filled(text, where), train=train, masked=masked)
 
 
-def _train_flag(entry: dict[str, Any], where: str) -> bool | None:
+def _train_flag(entry: dict[str, Any], where: str, role: str) -> bool | None:
     """The one meaning of `train`, `loss` and `weight`; None if none is there."""
     train: bool | None = None
     for key in _TRAIN_KEYS:
@@ -135,10 +127,16 @@ def _train_flag(entry: dict[str, Any], where: str) -> bool | None:
                 reason="wrong-train",
             )
         train = flag
+    if train and role != "assistant":
+        raise SessionError(
+            f"{where} is to be trained on but has the role {role!r}; only an assistant's messages "
+            "can be targets: remove its 'train'",
+            reason="untrainable-role",
+        )
     return train
 
 
-def _join_parts(parts: list[Any], where: str) -> tuple[str, tuple[tuple[int, int], ...]]:
+def _join_parts(parts: list[Any], where: str, role: str) -> tuple[str, tuple[tuple[int, int], ...]]:
     """The text of a list of content parts, and the spans in it that are not to be trained on."""
     text = ""
     masked: list[tuple[int, int]] = []
@@ -149,9 +147,10 @@ def _join_parts(parts: list[Any], where: str) -> tuple[str, tuple[tuple[int, int
                 '{"type": "text", "text": "..."} parts can be trained on; remove it',
                 reason="not-text",
             )
+        here = f"{where}: content part {number}"
         start = len(text)
-        text += text_of(part["text"], f"{where}: content part {number}")
-        if _train_flag(part, f"{where}: content part {number}") is False and len(text) > start:
+        text += text_of(part["text"], here)
+        if _train_flag(part, here, role) is False and len(text) > start:
             if masked and masked[-1][1] == start:
                 start = masked.pop()[0]
             masked.append((start, len(text)))

@@ -62,6 +62,10 @@ def read_records(path: str) -> Iterator[RawRecord]:
 def _open(path: str) -> BinaryIO:
     if Path(path).is_dir():
         raise ConfigError(f"{path}: is a folder; --input takes files, for example {path}/*.jsonl")
+    if Path(path).exists() and not Path(path).is_file():
+        raise ConfigError(
+            f"{path}: is a pipe or a device, which can be read only once; write it to a file first"
+        )
     try:
         return open(path, "rb")
     except FileNotFoundError:

@@ -17,7 +17,7 @@ MODEL_FLAGS = (
     "--group-query-attention --num-query-groups 2 --position-embedding-type rope --swiglu "
     "--normalization RMSNorm --disable-bias-linear --untie-embeddings-and-output-weights "
     "--attention-dropout 0 --hidden-dropout 0 --init-method-std 0.1 "
-    "--make-vocab-size-divisible-by 8"
+    "--make-vocab-size-divisible-by 32"
 ).split()
 TRAINING_FLAGS = (
     "--lr 1e-2 --min-lr 1e-2 --lr-decay-style constant --weight-decay 0 --clip-grad 0 "
@@ -33,7 +33,6 @@ class JobResult:
     losses: list[dict[str, float]]  # one a step, by the name in the log
     gradients: list[dict[str, torch.Tensor]]  # one a step
     parameters: dict[str, torch.Tensor]  # after the last step
-    output: str
 
 
 def run_megatron(
@@ -74,14 +73,16 @@ def train_and_record(
     """Train the tests' small GPT for `train_iters` steps, recording into `folder`."""
     all_flags = [*MODEL_FLAGS, *TRAINING_FLAGS, "--train-iters", str(train_iters), *flags]
     all_flags += ["--data-cache-path", str(folder / "cache")]
-    process = run_megatron(
-        all_flags, num_ranks=num_ranks, env={"RECORD_DIR": str(folder), **(env or {})}
-    )
+    run_megatron(all_flags, num_ranks=num_ranks, env={"RECORD_DIR": str(folder), **(env or {})})
+    return read_record(folder, train_iters)
+
+
+def read_record(folder: Path, train_iters: int) -> JobResult:
+    """What a job of `train_iters` steps recorded into `folder`."""
     return JobResult(
         losses=[json.loads(line) for line in (folder / "losses.jsonl").read_text().splitlines()],
         gradients=[load_tensors(folder / f"gradients-{step}") for step in range(train_iters)],
         parameters=load_tensors(folder / "parameters"),
-        output=process.stdout,
     )
 
 

@@ -54,7 +54,7 @@ def test_the_worked_example() -> None:
 def test_it_is_best_fit_decreasing_exactly() -> None:
     rng = np.random.default_rng(2)
     differs_from_first_fit = 0
-    for _ in range(400):
+    for _ in range(250):
         capacity = int(rng.integers(1, 60))
         longest = int(rng.integers(1, capacity + 1))
         positions = rng.integers(1, longest + 1, size=int(rng.integers(1, 120))).tolist()
@@ -62,7 +62,7 @@ def test_it_is_best_fit_decreasing_exactly() -> None:
         plan = pack(pieces_of(positions), sequence_length=capacity, seed=0)
         assert row_contents(plan) == expected
         differs_from_first_fit += expected != _first_fit_decreasing(positions, capacity)
-    assert differs_from_first_fit > 50
+    assert differs_from_first_fit > 20
 
 
 def _first_fit_decreasing(positions: list[int], capacity: int) -> list[list[int]]:

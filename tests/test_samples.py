@@ -75,6 +75,12 @@ def test_a_session_that_opens_with_a_target_loses_its_first_token() -> None:
     assert row["turn_num"].tolist() == [2]
 
 
+def test_a_target_that_opens_a_later_piece_is_predicted_by_nothing() -> None:
+    row_format = RowFormat(sequence_length=4, max_pieces_per_row=1, pad_token=0)
+    row = build_row([draw("|uAAA")], np.array([[0, 1, 1, 4]], dtype=np.int32), row_format)
+    assert row["loss_token_num"].tolist() == [2, 2, 0, 0]
+
+
 @pytest.mark.parametrize("average", LOSS_AVERAGES)
 def test_a_turn_without_a_target_does_not_count(average: str) -> None:
     with_it = row_of("A|uBB|uCC", length=8, loss_average=average)

@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -202,7 +203,11 @@ BAD_SESSIONS = {
         "need-eos-token",
         "'need_eos_token' is false",
     ),
-    "separator": ({"conversation": [{"input": "q", "output": "a", "sep": "\n"}]}, "sep", "'sep' is"),
+    "separator": (
+        {"conversation": [{"input": "q", "output": "a", "sep": "\n"}]},
+        "sep",
+        "'sep' is",
+    ),
     "history": (
         {"instruction": "q", "output": "a", "history": [["x"]]},
         "wrong-type",
@@ -221,7 +226,7 @@ def test_bad_sessions_say_where_what_and_why(name: str) -> None:
 
 
 def test_the_named_format_is_meant() -> None:
-    with pytest.raises(SessionError, match="'conversations' is missing, .*--format"):
+    with pytest.raises(SessionError, match=r"'conversations' is missing, .*--format"):
         parse({"messages": [USER, ANSWER]}, "sharegpt")
 
 
@@ -291,10 +296,13 @@ def test_files_that_cannot_be_read_on_from(tmp_path: Path, content: bytes, messa
 
 def test_missing_files_and_folders_are_found_before_the_work(tmp_path: Path) -> None:
     good = write_jsonl(tmp_path / "good.jsonl", [make_record()])
-    with pytest.raises(ConfigError, match="gone.jsonl: no such file; check --input"):
+    with pytest.raises(ConfigError, match=r"gone.jsonl: no such file; check --input"):
         check_input_files([good, str(tmp_path / "gone.jsonl")])
     with pytest.raises(ConfigError, match=r"is a folder; --input takes files, .*\*.jsonl"):
         check_input_files([str(tmp_path)])
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match="is a pipe or a device"):
+        check_input_files([str(tmp_path / "pipe")])
     check_input_files([good])
 
 

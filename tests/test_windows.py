@@ -212,7 +212,7 @@ def test_random_sessions_are_cut_by_the_rules() -> None:
     """Each rule, checked from the spans alone on some thousand sessions of all shapes."""
     rng = np.random.default_rng(1)
     seen = dict.fromkeys(("cut", "inside", "mid_message", "no_system", "replay", "gap", "fit"), 0)
-    for _ in range(3000):
+    for _ in range(1500):
         session = draw_random(rng, max_turns=8)
         window = int(rng.integers(1, 50))
         context = int(rng.integers(0, window))
@@ -250,7 +250,7 @@ def test_random_sessions_are_cut_by_the_rules() -> None:
         seen["no_system"] += report.num_pieces_without_system > 0
         seen["replay"] += any(start < target < stop for _, start, target, stop in spans)
         seen["gap"] += "." in session.drawing
-    assert all(count > 100 for count in seen.values()), seen
+    assert all(count > 50 for count in seen.values()), seen
 
 
 def _check_targets_exactly_once(session: DrawnSession, spans: list[list[int]]) -> None:
