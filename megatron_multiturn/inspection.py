@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_multiturn.averages import LOSS_AVERAGES
+from megatron_multiturn.dataset_statistics import format_statistics
 from megatron_multiturn.decoding import RunDecoder, open_decoder
 from megatron_multiturn.errors import ConfigError, DatasetError, MultiTurnError
 from megatron_multiturn.packing import PackPlan, pack
 from megatron_multiturn.row_view import ShownPiece, Style, format_pieces
 from megatron_multiturn.samples import RowFormat
-from megatron_multiturn.statistics import format_statistics
 from megatron_multiturn.store import SessionStore
 from megatron_multiturn.tokenizer_flags import add_tokenizer_flags, build_tokenizer
 from megatron_multiturn.vocabulary import tokenizer_fingerprint

@@ -1,7 +1,7 @@
 """One message of a session, read out of its entry in a record, whatever the keys are called.
 
-What may stand on it besides: `"train": false` (also spelt `"loss": false` and `"weight": 0`) makes
-an answer context. `content` may be a list of `{"type": "text", "text": "...", "train": false}`
+What may stand on it besides: `"train": false` (also spelt `"loss": false`, `"weight": 0` and
+`"output_with_loss": false`) makes an answer context. `content` may be a list of `{"type": "text", "text": "...", "train": false}`
 parts, which masks gaps inside an answer. What would change the meaning and has no place in a
 Message (tool calls, images, ...) is refused, not left out.
 """
@@ -30,7 +30,7 @@ SHAREGPT_ROLES = {
     "observation": "tool",
     "tool": "tool",
 }
-_TRAIN_KEYS = ("train", "loss", "weight")
+_TRAIN_KEYS = ("train", "loss", "weight", "output_with_loss")
 _REFUSED_KEYS = {
     "tool_calls": "render the calls into the message's content",
     "function_call": "render the call into the message's content",
@@ -96,7 +96,7 @@ def read_message(
             reason="unknown-role",
         )
     refuse_keys(entry, where)
-    train = _train_flag(entry, where, role)
+    train = train_flag(entry, where, role)
     content = entry.get(content_key)
     if not isinstance(content, list):
         return Message(role=role, content=content_of(entry, content_key, where), train=train)
@@ -104,8 +104,8 @@ def read_message(
     return Message(role=role, content=filled(text, where), train=train, masked=masked)
 
 
-def _train_flag(entry: dict[str, Any], where: str, role: str) -> bool | None:
-    """The one meaning of `train`, `loss` and `weight`; None if none is there."""
+def train_flag(entry: dict[str, Any], where: str, role: str) -> bool | None:
+    """The one meaning of all keys that say so; None if none is there."""
     train: bool | None = None
     for key in _TRAIN_KEYS:
         flag = entry.get(key)
@@ -123,7 +123,8 @@ def _train_flag(entry: dict[str, Any], where: str, role: str) -> bool | None:
             raise wrong_type(where, repr(key), "true or false", flag)
         if train is not None and train != flag:
             raise SessionError(
-                f"{where}: {' and '.join(map(repr, _TRAIN_KEYS))} contradict each other; keep one",
+                f"{where}: {' and '.join(repr(one) for one in _TRAIN_KEYS if one in entry)} "
+                "contradict each other; keep one",
                 reason="wrong-train",
             )
         train = flag
@@ -150,7 +151,7 @@ def _join_parts(parts: list[Any], where: str, role: str) -> tuple[str, tuple[tup
         here = f"{where}: content part {number}"
         start = len(text)
         text += text_of(part["text"], here)
-        if _train_flag(part, here, role) is False and len(text) > start:
+        if train_flag(part, here, role) is False and len(text) > start:
             if masked and masked[-1][1] == start:
                 start = masked.pop()[0]
             masked.append((start, len(text)))

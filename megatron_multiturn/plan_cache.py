@@ -51,16 +51,15 @@ def cached_plan(folder: str | Path, key: PlanKey, build: Callable[[], PackPlan])
     Raises DatasetError if the folder cannot be written.
     """
     stem = Path(folder) / f"plan-{key.digest()}"
-    plan = _load(stem)
-    if plan is not None:
-        return plan
     try:
-        stem.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(stem):
-            plan = _load(stem)  # another process of this node may have built it meanwhile
-            if plan is None:
-                _save(stem, build(), key)
-                plan = _load(stem)
+        plan = _load(stem)
+        if plan is None:
+            stem.parent.mkdir(parents=True, exist_ok=True)
+            with _locked(stem):
+                plan = _load(stem)  # another process of this node may have built it meanwhile
+                if plan is None:
+                    _save(stem, build(), key)
+                    plan = _load(stem)
     except OSError as error:
         raise DatasetError(
             f"cannot keep the pack plan in {stem.parent}: {error}; pass a writable folder with "

@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     handler_before = signal.signal(signal.SIGTERM, _raise_exit)
     try:
         _run(args)
-    except MultiTurnError as error:
+    except (MultiTurnError, OSError) as error:  # OSError: the disk is full, say
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

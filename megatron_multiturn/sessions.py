@@ -8,7 +8,7 @@ Formats, found out by looking at each record or named by the caller:
     alpaca     {"instruction": "...", "input": "", "output": "...", "history": [[q, a], ...]}
 
 An xtuner entry without system and input, alone in its record, is pre-training text. Which answers
-are trained on is said on the messages (see `messages.py`), in xtuner by `"output_with_loss"`.
+are trained on is said on the messages, or entries (see `messages.py`).
 """
 
 import json
@@ -28,6 +28,7 @@ from megatron_multiturn.messages import (
     show,
     show_keys,
     text_of,
+    train_flag,
     wrong_type,
 )
 from megatron_multiturn.records import RawRecord, read_records
@@ -64,6 +65,13 @@ def parse_session(record: RawRecord, *, form: str = "auto") -> Session:
     if form == "auto":
         form = _find_format(value, location)
     refuse_keys(value, location)
+    for key in ("train", "weight"):
+        if value.get(key) is not None:
+            raise SessionError(
+                f"{location}: {key!r} is {show(value[key])} for the whole session, which has no "
+                f"meaning here; put {key!r} on the messages, or leave the session out",
+                reason="wrong-train",
+            )
     messages, plain = FORMATS[form](value, location)
     _check_messages(messages, location)
     return Session(messages=tuple(messages), location=location, plain=plain)
@@ -142,9 +150,7 @@ def _xtuner(value: dict[str, Any], location: str) -> tuple[list[Message], bool]:
             text = text_of(entry.get(key, ""), f"{where}: {key!r}")
             if text:
                 messages.append(Message(role=role, content=text))
-        train = entry.get("output_with_loss")
-        if train is not None and not isinstance(train, bool):
-            raise wrong_type(where, "'output_with_loss'", "true or false", train)
+        train = train_flag(entry, where, "assistant")
         content = content_of(entry, "output", where)
         messages.append(Message(role="assistant", content=content, train=train))
     return messages, len(entries) == 1 and len(messages) == 1

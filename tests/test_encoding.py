@@ -69,8 +69,10 @@ def test_firefly_with_sentencepiece(kind: str) -> None:
     bos, eos = plain.bos_id(), plain.eos_id()
     assert cut(encoded) == [[bos], [*question, eos], [*answer, eos]]
     assert encoded.modes.tolist() == [LEADING_SYSTEM, MESSAGE_START, TARGET_BEGIN]
-    assert (encoded.tokens.dtype, encoded.segment_lengths.dtype) == (np.int32, np.int32)
-    assert encoded.modes.dtype == np.int8
+    dtypes = [
+        array.dtype.name for array in (encoded.tokens, encoded.segment_lengths, encoded.modes)
+    ]
+    assert dtypes == ["int32", "int32", "int8"]
     assert encoded.location == "made.jsonl:1"
 
 
@@ -110,9 +112,6 @@ def test_special_tokens_in_text_stay_text(
     tokenizer = request.getfixturevalue(f"{kind}_tokenizer")
     spelt = "a<|im_end|>\n<|im_start|>system </s><s><|endoftext|>b"
     session = chat(("user", spelt), ("assistant", spelt))
-    if kind == "hugging_face" and template == "firefly":
-        tokenizer_bos_free = encoder_of(tokenizer, template)
-        assert tokenizer_bos_free.omits_bos
     encoded = encode(tokenizer, template, session)
     harmless = encode(tokenizer, template, chat(("user", "x"), ("assistant", "x")))
     special = set(range(3 if kind == "hugging_face" else 5))

@@ -14,6 +14,7 @@ from drawn_sessions import draw, segment_index, session_lengths
 
 from megatron_multiturn import inspection
 from megatron_multiturn.averages import LOSS_AVERAGES
+from megatron_multiturn.dataset_statistics import DatasetTurns, loss_shares
 from megatron_multiturn.decoding import RunDecoder
 from megatron_multiturn.encoding import EncodedSession
 from megatron_multiturn.inspection import main, use_color
@@ -21,7 +22,6 @@ from megatron_multiturn.manifest import TemplateIdentity
 from megatron_multiturn.modes import CONTEXT, LEADING_SYSTEM, MESSAGE_START, TARGET_BEGIN
 from megatron_multiturn.row_view import ShownPiece, Style, format_pieces
 from megatron_multiturn.samples import RowFormat, target_runs
-from megatron_multiturn.statistics import DatasetTurns, loss_shares
 from megatron_multiturn.store import SessionWriter
 from megatron_multiturn.vocabulary import TokenizerIdentity, tokenizer_fingerprint
 

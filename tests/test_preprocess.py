@@ -1,5 +1,6 @@
 """The command as a whole: outputs, refusals, workers, and being killed."""
 
+import errno
 import json
 import os
 import re
@@ -184,6 +185,18 @@ def test_a_killed_worker_ends_the_run(
     assert outputs(tmp_path) == []
 
 
+def test_a_full_disk_ends_the_run(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    code, _, err = run(write_jsonl(tmp_path / "a.jsonl", [make_record(1)]))
+    assert (code, err) == (1, "error: [Errno 28] No space left on device\n")
+    assert outputs(tmp_path) == []
+
+
 def test_an_error_in_a_worker_comes_out_as_it_is(
     tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -231,11 +244,10 @@ sys.exit(preprocess.main())
 def start_slow_command(tmp_path: Path, num_sessions: int) -> "subprocess.Popen[bytes]":
     path = write_jsonl(tmp_path / "a.jsonl", [make_record(2)] * num_sessions)
     prefix = str(tmp_path / "out" / "data")
-    flags = ["--template", "firefly", "--workers", "2", "--tokenizer-model", "none"]
+    files = ["--input", path, "--output-prefix", prefix, "--tokenizer-model", "none"]
+    flags = ["--template", "firefly", "--tokenizer-type", "Llama2Tokenizer", "--workers", "2"]
     return subprocess.Popen(
-        [sys.executable, "-c", SLOW_COMMAND, "--input", path, "--output-prefix", prefix]
-        + [*flags, "--tokenizer-type", "SentencePieceTokenizer"],
-        start_new_session=True,
+        [sys.executable, "-c", SLOW_COMMAND, *files, *flags], start_new_session=True
     )
 
 

@@ -90,8 +90,9 @@ def test_a_message_can_be_left_out_of_training(flag: dict[str, Any]) -> None:
     assert again.messages[0].train is False
 
 
-def test_xtuner_output_without_loss_is_context() -> None:
-    entries = [{"input": "q", "output": "a", "output_with_loss": False}, {"output": "b"}]
+@pytest.mark.parametrize("key", ["output_with_loss", "train"])
+def test_xtuner_output_without_loss_is_context(key: str) -> None:
+    entries = [{"input": "q", "output": "a", key: False}, {"output": "b"}]
     assert parse({"conversation": entries}).messages[1].train is False
 
 
@@ -175,7 +176,12 @@ BAD_SESSIONS = {
     "contradiction": (
         {"messages": [USER, ANSWER | {"train": True, "weight": 0}]},
         "wrong-train",
-        "contradict",
+        "message 2: 'train' and 'weight' contradict each other",
+    ),
+    "weight of the session": (
+        make_record(weight=0.5),
+        "wrong-train",
+        "'weight' is 0.5 for the whole session, .*put 'weight' on the messages",
     ),
     "user trained on": (
         {"messages": [USER | {"train": True}, ANSWER]},

@@ -101,7 +101,8 @@ def test_what_is_written_is_read(tmp_path: Path, mmap: bool) -> None:
     assert first_segments.tolist() == [0, 2, 7, 8]
     assert lengths.tolist() == [2, 3, 1, 1, 4, 2, 1, 6]
     assert modes.tolist() == [4, 1, 12, 4, 1, 0, 2, 1]
-    assert (first_segments.dtype, lengths.dtype, modes.dtype) == (np.int64, np.int32, np.int8)
+    dtypes = [array.dtype.name for array in (first_segments, lengths, modes)]
+    assert dtypes == ["int64", "int32", "int8"]
     for index in (-1, 3):
         with pytest.raises(IndexError, match="of 3 in"):
             store.session(index)
@@ -194,7 +195,7 @@ def test_no_manifest_vouches_for_half_replaced_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prefix = write(tmp_path / "data")
-    replaced = []
+    replaced: list[str] = []
 
     def replace_once(source: str, target: str) -> None:
         if replaced:
