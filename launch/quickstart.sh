@@ -140,7 +140,7 @@ data_flags=(
     "${tokenizer_flags[@]}"
 )
 optimizer=(
-    --micro-batch-size 2
+    --micro-batch-size "$((global_batch / 2))"
     --global-batch-size "$global_batch"
     --train-iters "$train_iters"
     --lr 1e-2

@@ -55,7 +55,7 @@ if [[ -n $left ]]; then
     export EXIT_MINUTES=$((left > stop ? left - stop : 1))
 fi
 
-step=(srun --ntasks-per-node 1 --kill-on-bad-exit 1 "$root/launch/train_torchrun.sh" "$@")
+step=(srun --ntasks-per-node 1 --kill-on-bad-exit=1 "$root/launch/train_torchrun.sh" "$@")
 if [[ ${DRY_RUN:-0} == 1 ]]; then
     printf '%q ' "${step[@]}"
     printf '\n'

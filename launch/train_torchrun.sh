@@ -78,8 +78,16 @@ data=(
 parallel=(
     --tensor-model-parallel-size "${TENSOR_PARALLEL:-1}"
     --pipeline-model-parallel-size "${PIPELINE_PARALLEL:-1}"
-    --use-distributed-optimizer
 )
+# Without Transformer Engine or Apex, Megatron 0.19 cannot load what its distributed optimizer
+# has saved, and a run could not go on.
+has_module() {
+    "${launcher[0]}" -c \
+        "import importlib.util as u; raise SystemExit(u.find_spec('$1') is None)" 2>/dev/null
+}
+if has_module transformer_engine; then
+    parallel+=(--use-distributed-optimizer)
+fi
 
 optimizer=(
     --micro-batch-size "${MICRO_BATCH_SIZE:-1}"
@@ -113,7 +121,7 @@ fi
 if ((gpus > 0)); then
     optimizer+=(--bf16)
     logging+=(--log-throughput)
-    parallel+=(--overlap-grad-reduce --overlap-param-gather)
+    parallel+=(--overlap-grad-reduce)
     export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 fi
 

@@ -1,9 +1,10 @@
 """One message of a session, read out of its entry in a record, whatever the keys are called.
 
 What may stand on it besides: `"train": false` (also spelt `"loss": false`, `"weight": 0` and
-`"output_with_loss": false`) makes an answer context. `content` may be a list of `{"type": "text", "text": "...", "train": false}`
-parts, which masks gaps inside an answer. What would change the meaning and has no place in a
-Message (tool calls, images, ...) is refused, not left out.
+`"output_with_loss": false`) makes an answer context. `content` may be a list of
+`{"type": "text", "text": "...", "train": false}` parts, which masks gaps inside an answer. What
+would change the meaning and has no place in a Message (tool calls, images, ...) is refused, not
+left out.
 """
 
 import json

@@ -252,7 +252,7 @@ def test_reading_goes_on_after_a_bad_line(tmp_path: Path) -> None:
     assert len(found[3].messages) == 6
 
 
-@pytest.mark.parametrize("read_bytes", [3, 1 << 20])
+@pytest.mark.parametrize("read_bytes", [1, 3, 1 << 20])
 def test_a_json_list_is_streamed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_bytes: int
 ) -> None:
@@ -269,6 +269,15 @@ def test_a_json_list_is_streamed(
         f"{path}:{line_of_123} (item 2)",
         f"{path}:{line_of_123 + 1} (item 3)",
     ]
+
+
+def test_a_value_cut_by_the_window_is_read_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "_READ_BYTES", 1)
+    path = tmp_path / "in.json"
+    path.write_text("[123, 456]")
+    assert [record.data for record in read_records(str(path))] == [b"123", b"456"]
 
 
 def test_a_leading_bom_is_no_content(tmp_path: Path) -> None:
