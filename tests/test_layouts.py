@@ -116,5 +116,5 @@ def test_rows_differ_so_that_a_mean_of_means_would_show(
         store, data_flags[-1], indices, STEPS * GLOBAL_BATCH_SIZE, Split.train, config
     )
     turns = [int(rows[i]["turn_num"][0]) for i in range(STEPS * GLOBAL_BATCH_SIZE)]
-    assert len(set(turns)) >= 4
+    assert len(set(turns)) >= 3
     assert max(turns) > 3 * min(turns)

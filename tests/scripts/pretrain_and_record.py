@@ -4,7 +4,7 @@ Run by the tests as SCRIPT.py of `python -m megatron_multiturn`. Beside a traini
 in the folder RECORD_DIR:
 
     losses.jsonl       one line a step: each reduced loss, in full precision
-    initial/           the parameters before the first step, as a distributed checkpoint, unless
+    initial/           each rank's parts of the parameters before the first step, unless
                        they came from INITIAL_PARAMETERS, such a folder of another run
     gradients-N/       the gradients of step N before the optimizer, likewise
     parameters/        the parameters after the last step, likewise
@@ -21,13 +21,15 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.enums import ModelType
 from megatron.core.utils import unwrap_model
 from megatron.training import get_args, pretrain, training
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
+from recorded_tensors import save_parts, whole_tensors
 
 RECORD_DIR = Path(os.environ["RECORD_DIR"])
 
@@ -116,32 +118,43 @@ def split_forward_step(data_iterator, model):
     return output, partial(split_loss, batch["weights"])
 
 
-def sharded_state(model):
-    return {f"chunk{i}": unwrap_model(chunk).sharded_state_dict() for i, chunk in enumerate(model)}
+def shards(model):
+    """Megatron's own account of which part of which whole tensor this rank holds.
+
+    Their data are views of the parameters.
+    """
+    states = [unwrap_model(chunk).sharded_state_dict() for chunk in model]
+    for state in states:
+        apply_factories(state)
+    return [part for part in nested_values(states) if isinstance(part, ShardedTensor)]
 
 
-def load_parameters(model, optimizer, folder):
-    """Begin with the parameters that a run of any layout saved in `folder`."""
-    loaded = dist_checkpointing.load(sharded_state(model), str(folder))
-    for i, chunk in enumerate(model):
-        unwrap_model(chunk).load_state_dict(loaded[f"chunk{i}"])
-    optimizer.reload_model_params()
+def place(part):
+    """Where in the whole tensor the part lies."""
+    sizes = [1] * part.prepend_axis_num + list(part.local_shape)
+    return tuple(slice(o, o + n) for o, n in zip(part.global_offset, sizes, strict=True))
 
 
 def save(model, name, *, gradients):
-    """Save the model's parameters, or in their place the gradients, un-sharded by Megatron."""
+    """Save this rank's parts of the parameters, or in their place of the gradients."""
     parameters = [p for chunk in model for p in unwrap_model(chunk).parameters()]
     kept = [p.data.clone() for p in parameters]
     if gradients:
         for p in parameters:
             p.data.copy_(p.main_grad)
-    folder = RECORD_DIR / name
-    if torch.distributed.get_rank() == 0:
-        folder.mkdir(parents=True)
-    torch.distributed.barrier()
-    dist_checkpointing.save(sharded_state(model), str(folder))
+    parts = [(x.key, x.global_shape, place(x), x.data.detach().clone()) for x in shards(model)]
+    save_parts(RECORD_DIR / name, torch.distributed.get_rank(), parts)
     for p, data in zip(parameters, kept, strict=True):
         p.data.copy_(data)
+
+
+def load_parameters(model, optimizer, folder):
+    """Begin with the parameters that a run of any layout saved in `folder`."""
+    whole = whole_tensors(Path(folder))
+    with torch.no_grad():
+        for part in shards(model):
+            part.data.copy_(whole[part.key][place(part)].view_as(part.data))
+    optimizer.reload_model_params()
 
 
 def record_training():
