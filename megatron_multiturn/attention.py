@@ -8,6 +8,7 @@ recomputation. Rotary embeddings are relative, so positions need no restart insi
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -31,9 +32,7 @@ class PackedRows(PackedSeqParams):
     host_boundaries: list[int] | None  # the same without repeats, where the loop over pieces is
 
 
-def packed_rows(
-    cu_seqlens: Tensor, *, sequence_length: int, dtype: torch.dtype
-) -> PackedRows:
+def packed_rows(cu_seqlens: Tensor, *, sequence_length: int, dtype: torch.dtype) -> PackedRows:
     """The boundaries for the layers of one micro-batch.
 
     cu_seqlens: int32 (b, n), each row's piece boundaries from 0 to `sequence_length`, the last
@@ -124,23 +123,24 @@ class PackedAttention(MegatronModule):
         return out
 
     def _by_piece(self, q: Tensor, k: Tensor, v: Tensor, boundaries: list[int]) -> Tensor:
-        lengths = [stop - start for start, stop in zip(boundaries, boundaries[1:], strict=False)]
-        pieces = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
-        dropout = self.dropout if self.training else 0.0
+        lengths = [stop - start for start, stop in pairwise(boundaries)]
+        # [b * s, h, d] -> [1, h, b * s, d], then pieces of n tokens, [1, h, n, d]
+        pieces = zip(
+            *(t.transpose(0, 1).unsqueeze(0).split(lengths, dim=2) for t in (q, k, v)), strict=True
+        )
         outputs = [
             scaled_dot_product_attention(
-                # [n, h, d] -> [1, h, n, d]
-                *(t.transpose(0, 1).unsqueeze(0) for t in piece),
-                dropout_p=dropout,
+                query,
+                key,
+                value,
+                dropout_p=self.dropout if self.training else 0.0,
                 is_causal=True,
                 scale=self.softmax_scale,
-                enable_gqa=q.shape[1] != k.shape[1],
+                enable_gqa=query.shape[1] != key.shape[1],
             )
-            .squeeze(0)
-            .transpose(0, 1)
-            for piece in pieces
+            for query, key, value in pieces
         ]
-        return torch.cat(outputs)
+        return torch.cat(outputs, dim=2).squeeze(0).transpose(0, 1)
 
 
 def packed_layer_spec(model_config: Any, vp_stage: int | None = None) -> Any:

@@ -44,7 +44,7 @@ _WIRE_DTYPES = {
     "turn_num": torch.int32,
     "cu_seqlens": torch.int32,
 }
-_BATCH_DTYPES = {name: torch.int64 for name in ("tokens", "labels", "position_ids", "turn_num")}
+_BATCH_DTYPES = dict.fromkeys(("tokens", "labels", "position_ids", "turn_num"), torch.int64)
 
 
 def batch_shapes(row_shape: RowShape, micro_batch_size: int) -> dict[str, tuple[int, int]]:

@@ -155,7 +155,13 @@ def _answer_as_one_device() -> None:
     }
     for name, answer in answers.items():
         setattr(cuda, name, lambda *args, _answer=answer, **kwargs: _answer)
-    for name in ("set_device", "synchronize", "empty_cache", "reset_peak_memory_stats", "_lazy_init"):
+    for name in (
+        "set_device",
+        "synchronize",
+        "empty_cache",
+        "reset_peak_memory_stats",
+        "_lazy_init",
+    ):
         setattr(cuda, name, lambda *args, **kwargs: None)
     cuda._lazy_call = lambda callback, **kwargs: callback()
     cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *args, **kwargs: None
@@ -183,4 +189,4 @@ def _replace_random_state() -> None:
     cuda.set_rng_state = cuda.random.set_rng_state = lambda state, *args, **kwargs: (
         generator.set_state(state)
     )
-    cuda.get_rng_state_all = lambda: []
+    cuda.get_rng_state_all = list

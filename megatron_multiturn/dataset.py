@@ -4,15 +4,14 @@ One of these is one split of one dataset on disk. It holds as many epochs as the
 each epoch packs every session once, with other neighbours.
 """
 
+import functools
 import hashlib
 import os
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from megatron.core.datasets.blended_megatron_dataset_config import BlendedMegatronDatasetConfig
 from megatron.core.datasets.megatron_dataset import MegatronDataset
 from numpy.typing import NDArray
@@ -22,7 +21,7 @@ from megatron_multiturn.packing import PackPlan, pack
 from megatron_multiturn.plan_cache import PlanKey, cached_plan
 from megatron_multiturn.samples import RowFormat, build_row
 from megatron_multiturn.store import SessionStore, TokenizerIdentity
-from megatron_multiturn.windows import cut_sessions
+from megatron_multiturn.windows import CutReport, PieceTable, cut_sessions
 
 # Masks and boundaries come from the data, never from ids, so any id serves as padding.
 _PAD_TOKEN = 0
@@ -105,7 +104,11 @@ class MultiTurnDataset(MegatronDataset):
     @staticmethod
     def _key_config_attributes() -> list[str]:
         # Blends are cached under a hash of these.
-        return ["random_seed", "sequence_length", "split", "split_matrix"] + [
+        return [
+            "random_seed",
+            "sequence_length",
+            "split",
+            "split_matrix",
             "long_session",
             "session_window",
             "window_context",
@@ -180,43 +183,19 @@ def _dataset_hash(store: SessionStore) -> str:
 
 def _build_plan(store: SessionStore, sessions: range, key: PlanKey, split_name: str) -> PackPlan:
     start_time = time.perf_counter()
-    document_indices, segment_lengths, modes = store.segment_index()
-    window = key.session_window or key.sequence_length
-    pieces, report = cut_sessions(
-        store.session_lengths()[sessions.start : sessions.stop],
-        sequence_length=key.sequence_length,
-        long_session=key.long_session,
-        segment_index=(
-            document_indices[sessions.start : sessions.stop + 1],
-            segment_lengths,
-            modes,
-        ),
-        window_context=int(window * key.window_context),
-        session_window=key.session_window,
-    )
-    if not len(pieces) and key.num_samples != 0:
-        raise DatasetError(
-            f"the {split_name} split of {store.prefix} fills no row ({report}); raise "
-            "--seq-length or pass --long-session window"
-        )
-    pieces = replace(pieces, session=pieces.session + sessions.start)
-    one_epoch = pack(
+    pieces, report = _cut(store, sessions, key, split_name)
+    pack_epochs = functools.partial(
+        pack,
         pieces,
         sequence_length=key.sequence_length,
         piece_multiple=key.piece_multiple,
         seed=key.seed,
     )
-    rows = one_epoch.num_rows
-    num_epochs = -(-(key.num_samples or rows) // rows) if rows else 1
-    plan = one_epoch
+    plan, num_epochs = pack_epochs(), 1
+    if key.num_samples and plan.num_rows:
+        num_epochs = -(-key.num_samples // plan.num_rows)
     if num_epochs > 1:
-        plan = pack(
-            pieces,
-            sequence_length=key.sequence_length,
-            piece_multiple=key.piece_multiple,
-            seed=key.seed,
-            num_epochs=num_epochs,
-        )
+        plan = pack_epochs(num_epochs=num_epochs)
     seconds = time.perf_counter() - start_time
     print(
         f"> {split_name} split of {store.prefix}: {report}; {plan.stats}; {num_epochs:,} "
@@ -226,6 +205,32 @@ def _build_plan(store: SessionStore, sessions: range, key: PlanKey, split_name: 
     return plan
 
 
-def collate_rows(rows: Sequence[dict[str, NDArray[Any]]]) -> dict[str, torch.Tensor]:
-    """A micro-batch of rows, as Megatron's data loader makes it: arrays stacked on dim 0."""
-    return {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
+def _cut(
+    store: SessionStore, sessions: range, key: PlanKey, split_name: str
+) -> tuple[PieceTable, CutReport]:
+    """The pieces of a split, their sessions numbered as in the whole dataset."""
+    first_segments, segment_lengths, modes = store.segment_index()
+    try:
+        pieces, report = cut_sessions(
+            store.session_lengths()[sessions.start : sessions.stop],
+            sequence_length=key.sequence_length,
+            long_session=key.long_session,
+            segment_index=(
+                first_segments[sessions.start : sessions.stop + 1],
+                segment_lengths,
+                modes,
+            ),
+            window_context=int((key.session_window or key.sequence_length) * key.window_context),
+            session_window=key.session_window,
+        )
+    except DatasetError as error:
+        raise DatasetError(
+            f"{split_name} split of {store.prefix}, which begins at session {sessions.start} of "
+            f"the dataset: {error}"
+        ) from error
+    if not len(pieces) and key.num_samples != 0:
+        raise DatasetError(
+            f"the {split_name} split of {store.prefix} fills no row ({report}); raise "
+            "--seq-length or pass --long-session window"
+        )
+    return replace(pieces, session=pieces.session + sessions.start), report

@@ -201,7 +201,10 @@ def run_gpt() -> None:
 
 
 def build_blended_datasets(
-    dataset_class: type, num_samples: Sequence[int | None], is_built: Callable[[], bool], config: Any
+    dataset_class: type,
+    num_samples: Sequence[int | None],
+    is_built: Callable[[], bool],
+    config: Any,
 ) -> list[Any]:
     """(train, valid, test) by Megatron's blended builder; collective over all ranks."""
     from megatron.core.datasets.blended_megatron_dataset_builder import (

@@ -14,8 +14,10 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_multiturn.errors import DatasetError
 from megatron_multiturn.packing import PackPlan, PackStats
@@ -97,7 +99,7 @@ def _load(stem: Path) -> PackPlan | None:
 
 
 def _save(stem: Path, plan: PackPlan, key: PlanKey) -> None:
-    arrays = {
+    arrays: dict[str, NDArray[Any]] = {
         "row_offsets": plan.row_offsets,
         "row_pieces": plan.row_pieces,
         "piece_session": plan.pieces.session,
@@ -118,7 +120,9 @@ def _save(stem: Path, plan: PackPlan, key: PlanKey) -> None:
 @contextlib.contextmanager
 def _atomic(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its name once written and synced."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", suffix=path.suffix, dir=path.parent)
+    descriptor, name = tempfile.mkstemp(
+        prefix=f".{path.name}-", suffix=path.suffix, dir=path.parent
+    )
     os.close(descriptor)
     temporary = Path(name)
     try:

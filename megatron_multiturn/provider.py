@@ -149,4 +149,4 @@ def _import_provider(name: str) -> DatasetsProvider:
         ) from error
     if not callable(provider):
         raise ConfigError(f"--dataset-provider {name}: {function_name} is not a function")
-    return provider  # type: ignore[no-any-return]
+    return provider

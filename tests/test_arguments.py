@@ -30,7 +30,7 @@ def args(parsed_args: argparse.Namespace) -> argparse.Namespace:
 
 
 # One change of Megatron's arguments a refusal, by the start of the refusal's setting.
-REFUSED = {
+REFUSED: dict[str, dict[str, object]] = {
     "--sft": {"sft": True},
     "--spec": {"spec": ["local"]},
     "--attention-dropout": {"attention_dropout": 0.1},

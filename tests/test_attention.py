@@ -66,6 +66,7 @@ def test_forward_and_backward_equal_the_reference(num_heads: int, num_groups: in
     out.backward(upstream)
     expected.backward(upstream.double())
     for mine, wanted in zip(ours, exact, strict=True):
+        assert mine.grad is not None
         torch.testing.assert_close(mine.grad.double(), wanted.grad, rtol=1e-4, atol=1e-6)
 
 

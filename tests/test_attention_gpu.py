@@ -38,14 +38,23 @@ def by_sdpa(inputs: list[torch.Tensor], cu_seqlens: torch.Tensor) -> list[torch.
     for row in range(2):
         piece = torch.searchsorted(cu_seqlens[row].contiguous(), position, right=True)
         seen = (piece[:, None] == piece[None, :]) & (position[:, None] >= position[None, :])
-        heads_first = (t[:, row].transpose(0, 1).unsqueeze(0) for t in (q, k, v))
+        heads_first = [t[:, row].transpose(0, 1).unsqueeze(0) for t in (q, k, v)]
         out = scaled_dot_product_attention(
-            *heads_first, attn_mask=seen, enable_gqa=q.shape[2] != k.shape[2]
+            heads_first[0],
+            heads_first[1],
+            heads_first[2],
+            attn_mask=seen,
+            enable_gqa=q.shape[2] != k.shape[2],
         )
         outputs.append(out.squeeze(0).transpose(0, 1).flatten(1))
     output = torch.stack(outputs, dim=1)
     output.backward(inputs[3].flatten(2))
-    return [output, q.grad, k.grad, v.grad]
+    return [output, *gradients(q, k, v)]
+
+
+def gradients(*inputs: torch.Tensor) -> list[torch.Tensor]:
+    assert all(t.grad is not None for t in inputs)
+    return [t.grad for t in inputs if t.grad is not None]
 
 
 def by_packed_attention(inputs: list[torch.Tensor], cu_seqlens: torch.Tensor) -> list[torch.Tensor]:
@@ -61,7 +70,7 @@ def by_packed_attention(inputs: list[torch.Tensor], cu_seqlens: torch.Tensor) ->
     attention = PackedAttention(config, 1, None, "self")
     output = attention(q, k, v, None, packed_seq_params=rows)
     output.backward(inputs[3].flatten(2))
-    return [output, q.grad, k.grad, v.grad]
+    return [output, *gradients(q, k, v)]
 
 
 def boundaries(name: str) -> torch.Tensor:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from megatron_jobs import (
     make_dataset,
     relative_difference,

@@ -24,9 +24,10 @@ SEQUENCE_LENGTH = 128
 def write_dataset(prefix: Path, num_sessions: int, first_turns: int = 1) -> str:
     records = [make_record(turns=first_turns + index % 3) for index in range(num_sessions)]
     source = write_jsonl(prefix.with_suffix(".jsonl"), records)
-    flags = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", tiny_sentencepiece()]
     command = ["--input", source, "--output-prefix", str(prefix), "--template", "chatml"]
-    assert preprocess([*command, *flags, "--workers", "1"]) == 0
+    command += ["--tokenizer-type", "SentencePieceTokenizer"]
+    command += ["--tokenizer-model", tiny_sentencepiece(), "--workers", "1"]
+    assert preprocess(command) == 0
     return str(prefix)
 
 
@@ -81,7 +82,7 @@ def test_splits_share_out_the_sessions(tmp_path: Path, prefix: str) -> None:
     splits = build(config, [None, None, None])
     parts = [sessions_of(split, range(len(split))) for split in splits]
     assert [len(part) for part in parts] == [28, 8, 4]
-    assert sorted(sum(parts, [])) == list(range(NUM_SESSIONS))
+    assert sorted(session for part in parts for session in part) == list(range(NUM_SESSIONS))
 
 
 def test_epochs_repeat_the_sessions_with_other_neighbours(tmp_path: Path, prefix: str) -> None:
@@ -102,7 +103,7 @@ def test_another_seed_is_another_order(tmp_path: Path, prefix: str) -> None:
         make_dataset(make_config(tmp_path, prefix, random_seed=seed), prefix).plan.row_pieces
         for seed in (1, 2)
     ]
-    assert not np.array_equal(*orders)
+    assert not np.array_equal(orders[0], orders[1])
 
 
 def test_blend_by_weights(tmp_path: Path, prefix: str) -> None:
@@ -169,9 +170,7 @@ def test_another_tokenizer_is_refused(tmp_path: Path, prefix: str) -> None:
     identity = tokenizer_fingerprint(tokenizer, "SentencePieceTokenizer")
     config = make_config(tmp_path, prefix, tokenizer_identity=identity)
     make_dataset(config, prefix)
-    config = replace(
-        config, tokenizer_identity=replace(identity, content_hash="0" * 64)
-    )
+    config = replace(config, tokenizer_identity=replace(identity, content_hash="0" * 64))
     with pytest.raises(DatasetError, match=r"made with another tokenizer.*preprocess"):
         make_dataset(config, prefix)
 
@@ -185,6 +184,12 @@ def test_all_sessions_dropped_is_refused(tmp_path: Path, prefix: str) -> None:
     config = make_config(tmp_path, prefix, sequence_length=8, long_session="drop")
     with pytest.raises(DatasetError, match="fills no row"):
         make_dataset(config, prefix)
+
+
+def test_the_session_that_is_too_long_is_named(tmp_path: Path, prefix: str) -> None:
+    config = make_config(tmp_path, prefix, sequence_length=64, long_session="error")
+    with pytest.raises(DatasetError, match=r"begins at session 4 .*: session 1 has \d+ tokens"):
+        make_dataset(config, prefix, sessions=range(4, 12))
 
 
 def test_boundaries_can_be_lengthened(tmp_path: Path, prefix: str) -> None:

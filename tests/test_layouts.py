@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-
 from megatron_jobs import (
     JobResult,
     make_dataset,

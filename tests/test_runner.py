@@ -6,9 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from session_fixtures import make_record, tiny_hugging_face, tiny_sentencepiece
-
 from megatron_jobs import MODEL_FLAGS, SCRIPT, make_dataset, run_megatron
+from session_fixtures import make_record, tiny_hugging_face, tiny_sentencepiece
 
 pytestmark = pytest.mark.distributed
 
@@ -58,7 +57,7 @@ def test_built_in_entry_trains_evaluates_saves_and_resumes(
     losses = logged(first, "lm loss")
     assert set(losses) == {1, 2, 3, 4} == set(logged(first, "token loss"))
     assert losses[4] < losses[1]
-    assert re.search(r"validation loss at iteration 2 \| lm loss value: \S+ .*token loss value", first)
+    assert re.search(r"validation loss at iteration 2 \| lm loss value: .*token loss value", first)
     assert "NO GPU: this run is on the CPU" in first
     (tmp_path / "saved" / "latest_checkpointed_iteration.txt").write_text("2")
     resumed = run(
@@ -143,7 +142,7 @@ def test_missing_script_is_refused() -> None:
 
 def test_flags_that_would_bias_are_refused() -> None:
     message = quickly_refused(*FLAGS, "--sft", "--attention-dropout", "0.1")
-    assert re.search(r"(?s)--sft: .*--attention-dropout above 0: .*pass --attention-dropout 0", message)
+    assert re.search(r"(?s)--sft: .*--attention-dropout above 0: .*--attention-dropout 0", message)
 
 
 def test_megatrons_datasets_need_its_script() -> None:

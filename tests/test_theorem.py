@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
 from megatron_jobs import (
     JobResult,
     make_dataset,
@@ -54,7 +53,9 @@ def real_sessions(shared_data: Path) -> list[dict[str, object]]:
 
 
 @pytest.fixture(scope="module", params=["own", "real"])
-def data_flags(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def data_flags(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> list[str]:
     folder = tmp_path_factory.mktemp(f"data-{request.param}")
     if request.param == "own":
         sessions = own_sessions()

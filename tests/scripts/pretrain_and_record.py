@@ -18,6 +18,7 @@ package: it reads the indexed dataset by Megatron's own reader.
 import json
 import os
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -47,7 +48,7 @@ class SplitSamples(torch.utils.data.Dataset):
         self.samples = []
         documents = IndexedDataset(prefix, multimodal=True)
         bounds = documents.document_indices
-        for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
+        for begin, end in pairwise(bounds):
             segments, modes = documents[begin:end]
             self.samples += split_session(segments, modes, form)
 

@@ -7,12 +7,13 @@ variable ATTENTION=whole-row the boundaries say that the row is one piece: the m
 
 import json
 import os
+from itertools import pairwise
 
 import torch
+from megatron.core.enums import ModelType
 from megatron.training import get_args, pretrain, training
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
-from megatron.core.enums import ModelType
 
 from megatron_multiturn.attention import packed_rows
 from megatron_multiturn.provider import train_valid_test_datasets_provider
@@ -43,9 +44,7 @@ def probe(model):
         json.dumps(
             {
                 "changed_piece": changed_piece,
-                "change_by_piece": [
-                    float(change[a:b].max()) for a, b in zip(bounds, bounds[1:], strict=False)
-                ],
+                "change_by_piece": [float(change[a:b].max()) for a, b in pairwise(bounds)],
                 "change_before_position": float(change[bounds[changed_piece] : position].max()),
             }
         ),
