@@ -13,6 +13,8 @@ from megatron_multiturn.errors import ConfigError
 from megatron_multiturn.samples import LOSS_AVERAGES
 from megatron_multiturn.windows import LONG_SESSION_POLICIES
 
+_EVAL_INTERVAL = 1000
+
 PACKED_LAYER_SPEC = ["megatron_multiturn.attention", "packed_layer_spec"]
 
 
@@ -68,6 +70,10 @@ def prepare_args(args: argparse.Namespace, *, on_cpu: bool) -> list[str]:
         args.calculate_per_token_loss = True
         args.create_attention_mask_in_dataloader = False
         args.spec = PACKED_LAYER_SPEC
+        if args.eval_interval is None:
+            # Megatron divides by it, evaluation or not.
+            args.eval_interval = _EVAL_INTERVAL
+            notices.append(f"no --eval-interval: {_EVAL_INTERVAL:,} steps")
     return notices
 
 

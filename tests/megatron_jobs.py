@@ -34,7 +34,7 @@ MODEL_FLAGS = (
 TRAINING_FLAGS = (
     "--lr 1e-2 --min-lr 1e-2 --lr-decay-style constant --weight-decay 0 --clip-grad 0 "
     "--adam-eps 1e-3 --seed 7 --num-workers 0 --no-load-optim --no-load-rng --finetune "
-    "--split 100,0,0 --eval-iters 0 --eval-interval 1000 --log-interval 1 --no-one-logger"
+    "--split 100,0,0 --eval-iters 0 --log-interval 1 --no-one-logger"
 ).split()
 
 

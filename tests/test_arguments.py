@@ -96,6 +96,7 @@ def test_a_list_of_balancing_types_is_searched(args: argparse.Namespace) -> None
 def test_what_is_prepared(args: argparse.Namespace) -> None:
     notices = prepare_args(args, on_cpu=True)
     assert args.calculate_per_token_loss
+    assert args.eval_interval == 1000
     assert args.spec == PACKED_LAYER_SPEC
     assert args.distributed_backend == "gloo"
     assert args.transformer_impl == "local"
