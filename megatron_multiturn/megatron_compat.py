@@ -7,6 +7,7 @@ is imported when it is called: preprocessing must start quickly in every worker.
 
 import argparse
 import functools
+import importlib
 import inspect
 import os
 from collections.abc import Callable, Sequence
@@ -20,6 +21,8 @@ from megatron.core.datasets.indexed_dataset import (
     get_idx_path,
 )
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+
+from megatron_multiturn.errors import ConfigError
 
 __all__ = [
     "IndexedDataset",
@@ -136,8 +139,14 @@ def skip_needless_compilation() -> None:
 
     if os.path.exists(os.path.join(os.path.dirname(utils.__file__), "Makefile")):
         return
-    from megatron.core.datasets import helpers_cpp  # noqa: F401
-
+    try:
+        importlib.import_module("megatron.core.datasets.helpers_cpp")
+    except ImportError as error:
+        raise ConfigError(
+            f"Megatron's dataset helpers are not compiled ({error}), and the installed Megatron "
+            "has no Makefile to build them; install the megatron-core wheel for this Python, or "
+            "run with the pretrain_gpt.py of a checkout"
+        ) from error
     utils.compile_helpers = lambda: None
 
 

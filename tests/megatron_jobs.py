@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import torch
 from scripts.recorded_tensors import whole_tensors
@@ -34,7 +35,7 @@ MODEL_FLAGS = (
 TRAINING_FLAGS = (
     "--lr 1e-2 --min-lr 1e-2 --lr-decay-style constant --weight-decay 0 --clip-grad 0 "
     "--adam-eps 1e-3 --seed 7 --num-workers 0 --no-load-optim --no-load-rng --finetune "
-    "--split 100,0,0 --eval-iters 0 --log-interval 1 --no-one-logger"
+    "--split 100,0,0 --eval-iters 0 --eval-interval 1000 --log-interval 1 --no-one-logger"
 ).split()
 
 
@@ -100,9 +101,7 @@ def run_ranks(
     timeout: float = 300,
 ) -> None:
     """Run `python -m megatron_multiturn ARGUMENTS` on every rank; logs go to rank-N.log."""
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # as on any CPU run, but before the server imports
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
+    context = _process_context()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -127,6 +126,16 @@ def run_ranks(
     failed = _wait(ranks, timeout)
     if failed is not None:
         raise AssertionError(f"rank {failed} failed:\n{logs[failed].read_text()[-6000:]}")
+
+
+def _process_context() -> Any:
+    if torch.cuda.is_available():
+        # Importing Megatron initializes CUDA, which no process survives being forked from.
+        return multiprocessing.get_context("spawn")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # as on any CPU run, but before the server imports
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    return context
 
 
 def _wait(ranks: Sequence[BaseProcess], timeout: float) -> int | None:

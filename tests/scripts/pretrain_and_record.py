@@ -114,7 +114,7 @@ def split_loss(weights, output_tensor):
 
 
 def split_forward_step(data_iterator, model):
-    batch = next(data_iterator)
+    batch = {name: tensor.cuda() for name, tensor in next(data_iterator).items()}
     output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
     return output, partial(split_loss, batch["weights"])
 
