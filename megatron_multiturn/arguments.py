@@ -59,9 +59,10 @@ def add_multiturn_args(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
 
 
 def prepare_args(args: argparse.Namespace, *, on_cpu: bool) -> list[str]:
-    """Fit freshly parsed arguments to the plugin and to the machine, in place.
+    """Fit parsed arguments to the plugin and to the machine, in place.
 
-    Must run before Megatron's own validation. Returns a line for each thing that was changed,
+    Must run right before Megatron's own validation, when the arguments of a checkpoint
+    (--use-checkpoint-args) have taken their places. Returns a line for each thing that was changed,
     to be shown to the user. Raises ConfigError for what cannot be trained truthfully.
     """
     notices = _fit_to_machine(args, on_cpu=on_cpu)
@@ -96,7 +97,7 @@ REFUSALS = (
     ),
     Refusal(
         "--spec",
-        lambda a: a.spec is not None,
+        lambda a: a.spec not in (None, PACKED_LAYER_SPEC),
         "only the plugin's own layer spec is known to keep the pieces of a row apart",
         "remove it, or train with --dataset-provider megatron",
     ),
@@ -119,10 +120,17 @@ REFUSALS = (
         "install Transformer Engine or remove the flag",
     ),
     Refusal(
-        "mixture-of-experts auxiliary losses",
+        "mixture-of-experts load balancing",
         lambda a: a.num_experts and (_balances_experts(a) or a.moe_z_loss_coeff),
-        "Megatron scales them on the assumption that the loss is divided by tokens",
+        "auxiliary losses are scaled for a loss divided by tokens, and routing by sinkhorn or "
+        "quantiles depends on the other pieces of the micro-batch",
         "pass --moe-router-load-balancing-type none and no --moe-z-loss-coeff",
+    ),
+    Refusal(
+        "--moe-expert-capacity-factor",
+        lambda a: a.num_experts and a.moe_expert_capacity_factor is not None,
+        "which tokens are dropped depends on the other pieces of the micro-batch",
+        "remove it",
     ),
     Refusal(
         "--mtp-num-layers",
@@ -202,6 +210,25 @@ REFUSALS = (
         "remove it",
     ),
     Refusal(
+        "--full-validation",
+        lambda a: a.full_validation,
+        "Megatron deals its rows out one a rank and repeats some, so the loss would depend on the "
+        "number of ranks",
+        "pass --eval-iters with enough steps for the validation rows",
+    ),
+    Refusal(
+        "--step-batch-size-schedule",
+        lambda a: a.step_batch_size_schedule is not None,
+        "the largest global batch, which the divisor must hold, is not known from it",
+        "pass --global-batch-size",
+    ),
+    Refusal(
+        "--fp16 with --loss-scale under a --loss-average other than turn or token",
+        lambda a: a.fp16 and a.loss_scale and a.loss_average not in ("turn", "token"),
+        "the loss is counted in a fixed unit, which a static scale would take beyond fp16",
+        "remove --loss-scale, so that Megatron finds the scale, or train in bf16",
+    ),
+    Refusal(
         "--mock-data or --fim-data",
         lambda a: a.mock_data or a.fim_data,
         "they are other datasets",
@@ -232,7 +259,7 @@ def check_args(args: argparse.Namespace) -> None:
 
 def _balances_experts(args: argparse.Namespace) -> bool:
     kinds = args.moe_router_load_balancing_type
-    return any("aux_loss" in kind for kind in ([kinds] if isinstance(kinds, str) else kinds))
+    return any(kind != "none" for kind in ([kinds] if isinstance(kinds, str) else kinds))
 
 
 def _has_module(name: str) -> bool:

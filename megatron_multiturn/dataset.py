@@ -35,7 +35,7 @@ class MultiTurnDatasetConfig(BlendedMegatronDatasetConfig):
     """What the loss is the mean of; see `samples.LOSS_AVERAGES`."""
 
     divisor_unit: int = 1
-    """Fixed point of the divisor of `--loss-average sqrt`; see `samples.sqrt_divisor_unit`."""
+    """What `turn_num` counts in; see `samples.largest_divisor_unit`."""
 
     long_session: str = "window"
     """What becomes of a session longer than a row; see `windows.cut_sessions`."""
@@ -84,7 +84,7 @@ class MultiTurnDataset(MegatronDataset):
             piece_multiple=config.piece_multiple,
             pad_token=_PAD_TOKEN,
             loss_average=config.loss_average,
-            divisor_unit=config.divisor_unit if config.loss_average == "sqrt" else 1,
+            divisor_unit=config.divisor_unit,
             sessions_end_with_piece=config.long_session == "truncate",
         )
 
@@ -97,6 +97,11 @@ class MultiTurnDataset(MegatronDataset):
     def build_low_level_dataset(dataset_path: str, config: MultiTurnDatasetConfig) -> SessionStore:
         """Open the dataset on disk; DatasetError if incomplete or of another tokenizer."""
         store = SessionStore.open(dataset_path, mmap=config.mmap_bin_files)
+        if any(weight != 1 for weight in store.manifest.turn_weights):
+            raise DatasetError(
+                f"{dataset_path} weighs turns by {store.manifest.turn_weights}, which this version "
+                "cannot train; preprocess the sessions without weights"
+            )
         if config.tokenizer_identity is not None:
             _check_tokenizer(store, config.tokenizer_identity)
         return store

@@ -59,7 +59,6 @@ def loss_shares(turns: DatasetTurns) -> LossShares:
             average,
             num_targets=num_targets,
             session_targets=num_targets,
-            starts_here=np.ones(len(num_targets), dtype=np.bool_),
             turn_in_session=turn_in_session,
             turns_per_piece=turns.turns_per_session,
         )

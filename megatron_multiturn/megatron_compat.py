@@ -153,12 +153,14 @@ def skip_needless_compilation() -> None:
 def hook_arguments(add_args: ParserHook, prepare: ArgsHook) -> None:
     """Let Megatron's parser know our flags, and `prepare` see the arguments before validation.
 
-    Patches `megatron.training.arguments.parse_args`: scripts parse by functions of that module
-    which offer a caller no other way in.
+    Patches `parse_args` and `validate_args` of `megatron.training.arguments`: scripts parse by
+    functions of that module which offer a caller no other way in. In between Megatron may take
+    over arguments of a checkpoint. A YAML configuration is validated elsewhere, so `prepare`
+    sees it at once.
     """
     from megatron.training import arguments
 
-    parse_args = arguments.parse_args
+    parse_args, validate_args = arguments.parse_args, arguments.validate_args
 
     @functools.wraps(parse_args)
     def parse_args_with_ours(
@@ -169,10 +171,17 @@ def hook_arguments(add_args: ParserHook, prepare: ArgsHook) -> None:
             return extra_args_provider(parser) if extra_args_provider else parser
 
         parsed = parse_args(provider, *args, **kwargs)
-        prepare(parsed)
+        if parsed.yaml_cfg is not None:
+            prepare(parsed)
         return parsed
 
+    @functools.wraps(validate_args)
+    def validate_prepared_args(parsed: argparse.Namespace, *args: Any, **kwargs: Any) -> Any:
+        prepare(parsed)
+        return validate_args(parsed, *args, **kwargs)
+
     arguments.parse_args = parse_args_with_ours
+    arguments.validate_args = validate_prepared_args
 
 
 def hook_pretrain(replacements: Callable[[], dict[str, Any]]) -> None:

@@ -6,6 +6,7 @@ of Megatron's `train_valid_test_datasets_provider`.
 
 import argparse
 import importlib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from megatron_multiturn import megatron_compat as megatron
 from megatron_multiturn.batch import RowShape
 from megatron_multiturn.dataset import MultiTurnDataset, MultiTurnDatasetConfig
 from megatron_multiturn.errors import ConfigError, DatasetError
-from megatron_multiturn.samples import sqrt_divisor_unit
+from megatron_multiturn.samples import largest_divisor_unit
 from megatron_multiturn.vocabulary import tokenizer_fingerprint
 
 DatasetsProvider = Callable[..., tuple[Any, Any, Any]]
@@ -51,6 +52,13 @@ def train_valid_test_datasets_provider(
         lambda: megatron.tensor_parallel_group().rank() == 0,
         config,
     )
+    wanted = train_val_test_num_samples[0]
+    if train is not None and wanted is not None and len(train) < wanted:
+        raise ConfigError(
+            f"the training data hold {len(train):,} rows, and --train-iters asks for {wanted:,}: "
+            "Megatron does not repeat several datasets without weights; put a weight before each "
+            "path, or lower --train-iters"
+        )
     return train, valid, test
 
 
@@ -71,7 +79,7 @@ def dataset_config(args: argparse.Namespace) -> MultiTurnDatasetConfig:
         mmap_bin_files=args.mmap_bin_files,
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
         loss_average=args.loss_average,
-        divisor_unit=sqrt_divisor_unit(largest_batch, args.seq_length),
+        divisor_unit=largest_divisor_unit(args.loss_average, largest_batch, args.seq_length),
         long_session=args.long_session,
         session_window=args.session_window,
         window_context=args.window_context,
@@ -86,8 +94,13 @@ def select_provider(name: str) -> DatasetsProvider:
     """
     provider = PROVIDERS.get(name) or _import_provider(name)
 
-    def provide(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
+    takes_vp_stage = "vp_stage" in inspect.signature(provider).parameters
+
+    # With virtual pipeline stages Megatron insists on this parameter.
+    def provide(*args: Any, vp_stage: int | None = None, **kwargs: Any) -> tuple[Any, Any, Any]:
         global _row_shape
+        if takes_vp_stage:
+            kwargs["vp_stage"] = vp_stage
         datasets = provider(*args, **kwargs)
         _row_shape = agree_on_row_shape(datasets, megatron.get_args().seq_length)
         return datasets

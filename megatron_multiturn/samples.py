@@ -20,7 +20,12 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_multiturn.averages import LOSS_AVERAGES, sqrt_divisor_unit, weigh_turns
+from megatron_multiturn.averages import (
+    LOSS_AVERAGES,
+    fixed_point,
+    largest_divisor_unit,
+    weigh_turns,
+)
 from megatron_multiturn.errors import ConfigError
 from megatron_multiturn.modes import begins_turn, is_target
 
@@ -31,8 +36,8 @@ __all__ = [
     "SessionArrays",
     "TargetRuns",
     "build_row",
+    "largest_divisor_unit",
     "row_turns",
-    "sqrt_divisor_unit",
     "target_runs",
 ]
 
@@ -55,8 +60,8 @@ class RowFormat:
     """What all rows of a run have in common.
 
     `divisor_unit`, a power of two, is what turn_num counts in: turn_num is multiplied and
-    loss_token_num divided by it, so that a sum of square roots can be an integer (see
-    `sqrt_divisor_unit`). 1 for the other averages.
+    loss_token_num divided by it, so that a sum of fractions can be an integer (see
+    `largest_divisor_unit`).
 
     `sessions_end_with_piece` is for sessions cut by truncation: what was cut off does not count
     in T and n_t, so that `session`, `session-token` and `prefix` are means over what is trained.
@@ -115,7 +120,7 @@ class RowTurns:
     turn_in_session: NDArray[np.int64]  # (num_turns,): from 0
     num_targets: NDArray[np.int64]  # (num_turns,): in this piece
     loss_token_num: NDArray[np.float64]  # (num_turns,)
-    divisor: float  # what the row adds to the divisor, before it is rounded: turn_num
+    turn_num: int  # what the row adds to the divisor, in units
     run_turn: NDArray[np.int64]  # (num_runs,): the turn of each run, an index into the above
     run_begin: NDArray[np.int64]  # (num_runs,): first position in the row; ascending
     run_length: NDArray[np.int64]  # (num_runs,)
@@ -159,7 +164,7 @@ def build_row(
         "labels": labels,
         "loss_mask": (loss_token_num > 0).astype(np.float32),
         "loss_token_num": loss_token_num,
-        "turn_num": np.array([round(turns.divisor * row_format.divisor_unit)], dtype=np.int64),
+        "turn_num": np.array([turns.turn_num], dtype=np.int64),
         "position_ids": np.arange(length) - np.repeat(stops - piece_lengths, piece_lengths),
         "cu_seqlens": cu_seqlens,
         "max_seqlen": np.array([piece_lengths.max()], dtype=np.int32),
@@ -190,22 +195,21 @@ def row_turns(
     turns_before = np.cumsum(turns_per_piece) - turns_per_piece
     turn_in_session = np.arange(len(piece_of_turn)) - turns_before[piece_of_turn]
     num_targets = runs.sum_by_turn(run_length)
-    turn_begin = runs.begin[runs.first_run]
     loss_token_num, divisor = weigh_turns(
         row_format.loss_average,
         num_targets=num_targets,
         session_targets=runs.sum_by_turn(runs.end - runs.begin),
-        starts_here=(turn_begin >= first[piece_of_turn]) & (turn_begin < stop[piece_of_turn]),
         turn_in_session=turn_in_session,
         turns_per_piece=turns_per_piece,
     )
+    turn_num, factor = fixed_point(divisor, row_format.divisor_unit)
     shift = np.cumsum(piece_lengths) - piece_lengths + system_stop - start - 1
     return RowTurns(
         piece=piece_of_turn,
         turn_in_session=turn_in_session,
         num_targets=num_targets,
-        loss_token_num=loss_token_num / row_format.divisor_unit,
-        divisor=divisor,
+        loss_token_num=loss_token_num / (row_format.divisor_unit * factor),
+        turn_num=turn_num,
         run_turn=runs.turn[here],
         run_begin=(run_begin + shift[piece])[here],
         run_length=run_length[here],

@@ -36,7 +36,12 @@ REFUSED: dict[str, dict[str, object]] = {
     "--attention-dropout": {"attention_dropout": 0.1},
     "--context-parallel-size": {"context_parallel_size": 2},
     "--sequence-parallel": {"sequence_parallel": True, "transformer_impl": "local"},
-    "mixture-of-experts": {"num_experts": 4, "moe_router_load_balancing_type": "aux_loss"},
+    "mixture-of-experts": {"num_experts": 4, "moe_router_load_balancing_type": "sinkhorn"},
+    "--moe-expert-capacity-factor": {
+        "num_experts": 4,
+        "moe_router_load_balancing_type": "none",
+        "moe_expert_capacity_factor": 1.0,
+    },
     "--mtp-num-layers": {"mtp_num_layers": 1},
     "--multi-latent-attention": {"multi_latent_attention": True},
     "--window-size": {"window_size": (128, 0)},
@@ -49,6 +54,9 @@ REFUSED: dict[str, dict[str, object]] = {
     "--overlap-moe-expert-parallel-comm": {"overlap_moe_expert_parallel_comm": True},
     "--cuda-graph-impl": {"cuda_graph_impl": "local"},
     "--dataloader-type": {"dataloader_type": "cyclic"},
+    "--full-validation": {"full_validation": True},
+    "--step-batch-size-schedule": {"step_batch_size_schedule": "0:2,512:4"},
+    "--fp16 with --loss-scale": {"fp16": True, "loss_scale": 128.0, "loss_average": "sqrt"},
     "--mock-data": {"mock_data": True},
     "--reset-position-ids": {"eod_mask_loss": True},
     "--logits-load-dir": {"logits_load_dir": "teacher"},
@@ -68,6 +76,11 @@ def test_refused(args: argparse.Namespace, setting: str) -> None:
         setattr(args, name, value)
     with pytest.raises(ConfigError, match=f"(?m)^  {setting}.*: .*; "):
         check_args(args)
+
+
+def test_the_plugins_own_layers_may_come_from_a_checkpoint(args: argparse.Namespace) -> None:
+    args.spec = PACKED_LAYER_SPEC
+    check_args(args)
 
 
 def test_defaults_are_accepted_and_all_that_is_wrong_is_said_at_once(
@@ -108,6 +121,27 @@ def test_megatrons_own_provider_keeps_its_loss_and_layers(args: argparse.Namespa
     prepare_args(args, on_cpu=True)
     assert not args.calculate_per_token_loss
     assert args.spec is None
+
+
+def test_what_a_checkpoint_brings_is_checked_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron takes over a checkpoint's arguments between parsing and validation."""
+    from megatron.training import arguments
+
+    from megatron_multiturn.megatron_compat import hook_arguments
+
+    for name in ("parse_args", "validate_args"):
+        monkeypatch.setattr(arguments, name, getattr(arguments, name))
+    monkeypatch.setattr("sys.argv", ["pretrain_gpt.py", "--attention-dropout", "0"])
+
+    def prepare(args: argparse.Namespace) -> None:
+        prepare_args(args, on_cpu=True)
+
+    hook_arguments(add_multiturn_args, prepare)
+    args = arguments.parse_args()
+    assert args.loss_average == "turn"
+    args.attention_dropout = 0.1
+    with pytest.raises(ConfigError, match="--attention-dropout above 0"):
+        arguments.validate_args(args)
 
 
 def test_unknown_loss_average_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:

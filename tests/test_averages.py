@@ -12,9 +12,10 @@ import pytest
 from drawn_sessions import DrawnSession, Row, build_rows, draw, draw_random, plan_of
 from numpy.typing import NDArray
 
+from megatron_multiturn.averages import fixed_point
 from megatron_multiturn.errors import ConfigError
 from megatron_multiturn.packing import PackPlan
-from megatron_multiturn.samples import LOSS_AVERAGES, RowFormat, build_row, sqrt_divisor_unit
+from megatron_multiturn.samples import LOSS_AVERAGES, RowFormat, build_row, largest_divisor_unit
 
 
 @pytest.fixture(scope="module")
@@ -53,17 +54,34 @@ def test_the_check_values(average: str, expected: list[float]) -> None:
 
 @pytest.mark.parametrize(
     ("global_batch_size", "sequence_length", "unit"),
-    [(8, 4096, 4096), (1024, 4096, 256), (2**15, 2**15, 1), (2**7, 2**12, 2048), (1, 1, 4096)],
+    [(8, 4096, 2**15), (1024, 4096, 256), (2**15, 2**15, 1), (2**7, 2**12, 2048), (1, 1, 2**16)],
 )
-def test_sqrt_divisor_unit(global_batch_size: int, sequence_length: int, unit: int) -> None:
-    assert sqrt_divisor_unit(global_batch_size, sequence_length) == unit
+def test_largest_divisor_unit(global_batch_size: int, sequence_length: int, unit: int) -> None:
+    assert largest_divisor_unit("sqrt", global_batch_size, sequence_length) == unit
     assert unit * global_batch_size * sequence_length < 2**31
-    assert unit == 4096 or 2 * unit * global_batch_size * sequence_length >= 2**31
+    assert unit == 2**16 or 2 * unit * global_batch_size * sequence_length >= 2**31
 
 
-def test_a_batch_too_large_for_the_divisor() -> None:
+def test_units_of_the_averages() -> None:
+    units = {average: largest_divisor_unit(average, 128, 4096) for average in LOSS_AVERAGES}
+    fractions = {"session": 2048, "session-token": 2048, "sqrt": 2048, "prefix": 128}
+    assert units == {"turn": 1, "token": 1} | fractions
+
+
+@pytest.mark.parametrize("average", ["token", "prefix"])
+def test_a_batch_too_large_for_the_divisor(average: str) -> None:
     with pytest.raises(ConfigError, match="make it smaller"):
-        sqrt_divisor_unit(2**16, 2**15)
+        largest_divisor_unit(average, 2**16, 2**15)
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "count"),
+    [(3.0, 1, 3), (3 * (1 - 1e-13), 16, 48), (0.0, 16, 0), (0.3, 16, 5), (1e-6, 16, 1)],
+)
+def test_fixed_point(value: float, unit: int, count: int) -> None:
+    counted, factor = fixed_point(value, unit)
+    assert counted == count
+    assert value * unit * factor == pytest.approx(count, rel=1e-9)
 
 
 def trained_offsets(session: DrawnSession, span: Sequence[int]) -> list[int]:
@@ -150,7 +168,7 @@ def test_each_average_is_what_it_equals(
     corpus: list[DrawnSession], average: str, multiple: int
 ) -> None:
     plan = plan_of(corpus, 16, multiple)
-    unit = 4096 if average == "sqrt" else 1
+    unit = 1 if average in ("turn", "token") else 2**24
     row_format = RowFormat(
         sequence_length=16,
         max_pieces_per_row=plan.stats.max_pieces_per_row,
@@ -177,22 +195,27 @@ def test_each_average_is_what_it_equals(
     assert got.keys() == expected.keys()
     assert len(got) > 2000
     np.testing.assert_allclose(
-        [got[target] for target in expected], [float(w) for w in expected.values()], rtol=1e-6
+        [got[target] for target in expected], [float(w) for w in expected.values()], rtol=2e-6
     )
     divisor = sum(int(row["turn_num"][0]) for row in rows)
-    rounding = len(rows) / 2 if average == "sqrt" else 0
+    rounding = 0 if unit == 1 else len(rows) / 2
     assert divisor == pytest.approx(expected_divisor * unit, abs=rounding)
 
 
-@pytest.mark.parametrize("average", ["session", "session-token", "prefix"])
-def test_a_cut_session_weighs_as_much_as_a_whole_one(
+@pytest.mark.parametrize("average", LOSS_AVERAGES)
+def test_the_weights_of_every_row_add_up_to_what_it_counts(
     corpus: list[DrawnSession], average: str
 ) -> None:
-    """The sum of weights equals the divisor, cut or not, even when turns are cut inside."""
+    """So any batch of rows has a mean, also one of the later pieces of cut sessions alone."""
     plan = plan_of(corpus, 16, 1)
     row_format = RowFormat(
-        sequence_length=16, max_pieces_per_row=16, pad_token=0, loss_average=average
+        sequence_length=16,
+        max_pieces_per_row=16,
+        pad_token=0,
+        loss_average=average,
+        divisor_unit=1 if average in ("turn", "token") else 64,
     )
     rows = build_rows(corpus, plan, row_format)
-    total = sum(weights(row).sum() for row in rows)
-    assert total == pytest.approx(sum(int(row["turn_num"][0]) for row in rows), rel=1e-6)
+    assert np.unique(plan.pieces.session, return_counts=True)[1].max() > 2
+    for row in rows:
+        assert weights(row).sum() == pytest.approx(int(row["turn_num"][0]), rel=1e-6)

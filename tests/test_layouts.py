@@ -14,7 +14,10 @@ from megatron_jobs import (
 
 STEPS = 2
 GLOBAL_BATCH_SIZE = 4
-FLAGS = f"--seq-length 64 --max-position-embeddings 64 --global-batch-size {GLOBAL_BATCH_SIZE}"
+FLAGS = (
+    "--num-layers 4 --seq-length 64 --max-position-embeddings 64 "
+    f"--global-batch-size {GLOBAL_BATCH_SIZE}"
+)
 
 # Layout: (ranks, flags beside --micro-batch-size 1).
 LAYOUTS = {
@@ -25,6 +28,11 @@ LAYOUTS = {
     "DP4": (4, "--micro-batch-size 1"),
     "TP2": (2, "--micro-batch-size 2 --tensor-model-parallel-size 2"),
     "PP2": (2, "--micro-batch-size 1 --pipeline-model-parallel-size 2"),
+    "PP2, 2 virtual stages": (
+        2,
+        "--micro-batch-size 1 --pipeline-model-parallel-size 2 "
+        "--num-layers-per-virtual-pipeline-stage 1",
+    ),
     "TP2, PP2": (
         4,
         "--micro-batch-size 2 --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2",

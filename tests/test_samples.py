@@ -132,12 +132,20 @@ def test_turns_for_inspection() -> None:
 def test_truncated_sessions_can_count_what_is_trained() -> None:
     session = draw("|uAA|uBB|uCC")
     spans = np.array([[0, 0, 0, 6]], dtype=np.int32)
+    unit = 2**20
     row_format = RowFormat(
-        sequence_length=6, max_pieces_per_row=1, pad_token=0, loss_average="session"
+        sequence_length=6,
+        max_pieces_per_row=1,
+        pad_token=0,
+        loss_average="session",
+        divisor_unit=unit,
     )
-    assert build_row([session], spans, row_format)["loss_token_num"].max() == 2 * 3
-    kept_only = replace(row_format, sessions_end_with_piece=True)
-    assert build_row([session], spans, kept_only)["loss_token_num"].max() == 2 * 2
+    row = build_row([session], spans, row_format)
+    assert row["loss_token_num"].max() * unit == pytest.approx(2 * 3, rel=1e-5)
+    assert row["turn_num"][0] == round(unit * 2 / 3)
+    kept_only = build_row([session], spans, replace(row_format, sessions_end_with_piece=True))
+    assert kept_only["loss_token_num"].max() * unit == 2 * 2
+    assert kept_only["turn_num"][0] == unit
 
 
 @pytest.mark.parametrize(
