@@ -39,7 +39,6 @@ tokenizer=$work/tokenizer
 data=$work/sessions
 mkdir -p "$work"
 touch "$work/.quickstart"
-rm -rf "$logs" "$checkpoint" "$plans"
 mkdir -p "$logs"
 
 ensure_environment "$root" base
@@ -156,6 +155,8 @@ report=(
     --save-interval "$train_iters"
     --eval-interval "$((train_iters + 1))" # never reached: evaluates once, at the end
 )
+# Only now, when the data are good, does the last run's result go.
+rm -rf "$checkpoint" "$plans"
 train() {
     "$python" -m torch.distributed.run --standalone --nproc-per-node "$ranks" \
         -m megatron_multiturn "${model[@]}" "${data_flags[@]}" "${optimizer[@]}" \
@@ -168,6 +169,10 @@ train | tee "$logs/train.log" | "$python" -m megatron_multiturn.demo progress ||
 heading "summary"
 stage summary "$python" -m megatron_multiturn.demo summary --log "$logs/train.log" \
     --data-prefix "$data" --cache "$plans"
+if [[ -s $data.rejected.jsonl ]]; then
+    printf '  left out               %d bad sessions, see %s\n' \
+        "$(wc -l <"$data.rejected.jsonl")" "$data.rejected.jsonl"
+fi
 printf '  checkpoint             %s\n' "$checkpoint"
 printf '  time                   %d s, installation aside; logs in %s\n' \
     $((SECONDS - begin)) "$logs"

@@ -16,9 +16,15 @@
 # variables of train_torchrun.sh count. The addresses come from the job. Some minutes before
 # the time limit (STOP_MINUTES, 10 by default) Megatron saves and ends; an unfinished job that
 # has got on since its start is then queued again and goes on from SAVE_DIR, as it does after
-# a preemption. DRY_RUN=1 prints the commands and stops.
+# a preemption. DRY_RUN=1 prints the commands and stops, outside a job too.
 set -euo pipefail
 
+if [[ ${DRY_RUN:-0} == 1 && -z ${SLURM_JOB_ID:-} ]]; then
+    # Not in a job: what SLURM would say is made up.
+    SLURM_JOB_ID=1 SLURM_JOB_NODELIST=first-node
+    scontrol() { echo "$SLURM_JOB_NODELIST"; }
+    squeue() { :; }
+fi
 : "${SLURM_JOB_ID:?run this with sbatch, or inside salloc}"
 : "${SAVE_DIR:?set it to a folder for checkpoints}"
 root=${SLURM_SUBMIT_DIR:-$PWD}

@@ -46,6 +46,9 @@ def _run(argv: list[str]) -> None:
         # Its checkout comes first: megatron and the script's own modules are found there.
         sys.path.insert(0, str(script.resolve().parent))
     sys.argv = [str(script or "megatron_multiturn"), *flags]
+    if "-h" in flags or "--help" in flags:
+        _print_help()
+        return
 
     from megatron_multiturn import cpu
 
@@ -59,6 +62,18 @@ def _run(argv: list[str]) -> None:
         from megatron_multiturn import megatron_compat
 
         megatron_compat.run_gpt()
+
+
+def _print_help() -> None:
+    from megatron_multiturn.arguments import add_multiturn_args
+
+    parser = argparse.ArgumentParser(
+        prog="torchrun ... -m megatron_multiturn",
+        usage="%(prog)s [SCRIPT.py] [Megatron's flags] [the flags below]",
+        description="Train a GPT on packed multi-turn sessions with Megatron.",
+        epilog="Megatron's flags are in megatron/training/arguments.py of the Megatron that runs.",
+    )
+    add_multiturn_args(parser).print_help()
 
 
 def _hook_megatron(*, on_cpu: bool, has_script: bool) -> None:

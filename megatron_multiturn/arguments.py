@@ -66,15 +66,15 @@ def prepare_args(args: argparse.Namespace, *, on_cpu: bool) -> list[str]:
     to be shown to the user. Raises ConfigError for what cannot be trained truthfully.
     """
     notices = _fit_to_machine(args, on_cpu=on_cpu)
+    if args.eval_interval is None:
+        # Megatron divides by it, evaluation or not.
+        args.eval_interval = _EVAL_INTERVAL
+        notices.append(f"no --eval-interval: {_EVAL_INTERVAL:,} steps")
     if args.dataset_provider != "megatron":
         check_args(args)
         args.calculate_per_token_loss = True
         args.create_attention_mask_in_dataloader = False
         args.spec = PACKED_LAYER_SPEC
-        if args.eval_interval is None:
-            # Megatron divides by it, evaluation or not.
-            args.eval_interval = _EVAL_INTERVAL
-            notices.append(f"no --eval-interval: {_EVAL_INTERVAL:,} steps")
     return notices
 
 

@@ -74,7 +74,8 @@ def read_manifest(prefix: str) -> Manifest:
     except FileNotFoundError:
         raise DatasetError(
             f"{path}: no manifest, so {prefix} is no complete dataset of this package; run "
-            "megatron-multiturn-preprocess (again, if it was interrupted) or correct --data-path"
+            "megatron-multiturn-preprocess (again, if it was interrupted) or correct the prefix, "
+            "which goes without .bin or .idx"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise DatasetError(f"{path}: the manifest cannot be read ({error})") from None

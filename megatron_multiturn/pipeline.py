@@ -138,6 +138,11 @@ def preprocess_sessions(
 
 def check_outputs(job: Job) -> None:
     """Raise ConfigError if an output is already there and may not be replaced."""
+    if job.prefix.endswith(os.sep) or os.path.isdir(job.prefix):
+        raise ConfigError(
+            f"--output-prefix {job.prefix}: is a folder; name the files in it too, for example "
+            f"{os.path.join(job.prefix, 'sessions')}"
+        )
     for path in (*output_paths(job.prefix), rejected_path(job.prefix)):
         if os.path.exists(path):
             if not job.overwrite:

@@ -1,7 +1,9 @@
 """Megatron's tokenizer flags for our own commands, and the tokenizer that they describe."""
 
 import argparse
+import logging
 import os
+import sys
 import warnings
 from typing import Any
 
@@ -36,8 +38,11 @@ def build_tokenizer(args: argparse.Namespace) -> Any:
     """Megatron's tokenizer for the flags in `args`; ConfigError if it cannot be built."""
     if not os.path.exists(args.tokenizer_model) and args.tokenizer_type != "HuggingFaceTokenizer":
         raise ConfigError(f"--tokenizer-model {args.tokenizer_model}: no such file; correct it")
+    if sys.stderr.isatty():
+        print("loading Megatron's tokenizer ...", file=sys.stderr)
     with warnings.catch_warnings():  # Megatron warns of accelerators that only training misses
         warnings.simplefilter("ignore")
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         # Takes seconds to import: not for --help or a mistyped file name.
         from megatron_multiturn.megatron_compat import build_megatron_tokenizer
 
@@ -54,7 +59,12 @@ def build_tokenizer(args: argparse.Namespace) -> Any:
         return build_megatron_tokenizer(argparse.Namespace(**(unused | vars(args))))
     except Exception as error:  # Megatron and the tokenizer libraries raise of every kind
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        remedy = "pass the model file that SentencePiece wrote"
+        if args.tokenizer_type == "HuggingFaceTokenizer":
+            remedy = "pass a folder that holds tokenizer.json"
+            if not os.path.exists(args.tokenizer_model):
+                reason = f"there is no such folder here, and no hub gave it either ({reason})"
         raise ConfigError(
             f"Megatron cannot build the {args.tokenizer_type} of --tokenizer-model "
-            f"{args.tokenizer_model}: {reason}"
+            f"{args.tokenizer_model}: {reason}; {remedy}"
         ) from error

@@ -119,8 +119,9 @@ def cut_sessions(
         first = int(long_ids[0])
         raise DatasetError(
             f"session {first} has {lengths[first]:,} tokens and the window holds "
-            f"{window.capacity:,} ({len(long_ids):,} sessions are too long); raise --seq-length "
-            "or --session-window, or pass --long-session window, truncate or drop"
+            f"{window.capacity:,}, the last one as a label ({len(long_ids):,} sessions are too "
+            "long); raise --seq-length or --session-window, or pass --long-session window, "
+            "truncate or drop"
         )
     cutter = {"window": cut_windows, "truncate": truncate}.get(long_session, drop)
     tally = CutTally()

@@ -107,7 +107,7 @@ def test_no_data_is_refused(tmp_path: Path) -> None:
 
 def test_missing_dataset_is_refused(tmp_path: Path) -> None:
     message = refused("--data-path", "nowhere", "--split", "1,0,0", cache=tmp_path, script=None)
-    assert re.search(r"nowhere.json: no manifest.*correct --data-path", message)
+    assert re.search(r"nowhere.json: no manifest.*correct the prefix", message)
 
 
 def test_dataset_of_another_tokenizer_is_refused(tmp_path: Path, prefixes: list[str]) -> None:
@@ -143,6 +143,12 @@ def test_missing_script_is_refused() -> None:
 def test_flags_that_would_bias_are_refused() -> None:
     message = quickly_refused(*FLAGS, "--sft", "--attention-dropout", "0.1")
     assert re.search(r"(?s)--sft: .*--attention-dropout above 0: .*--attention-dropout 0", message)
+
+
+def test_help_lists_our_flags() -> None:
+    command = [sys.executable, "-m", "megatron_multiturn", "--help"]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "--loss-average {turn,token,session,session-token,prefix,sqrt}" in output
 
 
 def test_megatrons_datasets_need_its_script() -> None:
