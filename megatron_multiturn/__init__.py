@@ -25,7 +25,7 @@ The way of the data; each module imports only modules above it:
          |  provider.py    --dataset-provider: hands the datasets to Megatron's pretrain
          v
        Batch
-         |  batch.py       one broadcast over tensor-parallel ranks, context-parallel slice
+         |  batch.py       one broadcast over tensor parallel ranks
          |  attention.py   packed attention: no piece sees another
          |  loss.py        sum of turn means, integer divisor, the report
          v
