@@ -203,7 +203,9 @@ def make_dataset(
     return [*tokenizer, "--data-path", str(folder / "data")]
 
 
-def train_sentencepiece(folder: Path, texts: Sequence[str], vocab_size: int) -> Path:
+def train_sentencepiece(
+    folder: Path, texts: Sequence[str], vocab_size: int, model_type: str = "unigram"
+) -> Path:
     """A SentencePiece model that knows every character of `texts`."""
     import io
 
@@ -215,6 +217,7 @@ def train_sentencepiece(folder: Path, texts: Sequence[str], vocab_size: int) -> 
         sentence_iterator=iter(texts),
         model_writer=model,
         vocab_size=vocab_size,
+        model_type=model_type,
         hard_vocab_limit=False,
         character_coverage=1.0,
         minloglevel=2,

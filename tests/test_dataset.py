@@ -78,6 +78,12 @@ def test_an_epoch_holds_every_target_once(tmp_path: Path, prefix: str) -> None:
     assert len(rows) < NUM_SESSIONS
 
 
+def test_what_the_rows_count_is_in_the_runs_unit(tmp_path: Path, prefix: str) -> None:
+    config = make_config(tmp_path, prefix, loss_average="session", divisor_unit=64)
+    rows = make_dataset(config, prefix)
+    assert sum(int(rows[i]["turn_num"][0]) for i in range(len(rows))) == 64 * NUM_SESSIONS
+
+
 def test_splits_share_out_the_sessions(tmp_path: Path, prefix: str) -> None:
     config = make_config(tmp_path, prefix, split="70,20,10")
     splits = build(config, [None, None, None])
