@@ -254,7 +254,7 @@ def check_args(args: argparse.Namespace) -> None:
     found = [refusal for refusal in REFUSALS if refusal.applies(args)]
     if found:
         lines = [f"  {r.setting}: {r.reason}; {r.remedy}" for r in found]
-        raise ConfigError("not with --dataset-provider multiturn:\n" + "\n".join(lines))
+        raise ConfigError(f"not with --dataset-provider {args.dataset_provider}:\n" + "\n".join(lines))
 
 
 def _balances_experts(args: argparse.Namespace) -> bool:

@@ -120,7 +120,7 @@ class RowTurns:
     turn_in_session: NDArray[np.int64]  # (num_turns,): from 0
     num_targets: NDArray[np.int64]  # (num_turns,): in this piece
     loss_token_num: NDArray[np.float64]  # (num_turns,)
-    turn_num: int  # what the row adds to the divisor, in units
+    divisor: float  # the sum of the weights of the row's targets; not yet in units
     run_turn: NDArray[np.int64]  # (num_runs,): the turn of each run, an index into the above
     run_begin: NDArray[np.int64]  # (num_runs,): first position in the row; ascending
     run_length: NDArray[np.int64]  # (num_runs,)
@@ -149,9 +149,9 @@ def build_row(
     assert len(sessions) == len(spans) <= row_format.max_pieces_per_row
     assert used <= length
     turns = row_turns(sessions, spans, row_format)
-    loss_token_num = _spread(
-        turns.run_begin, turns.run_length, turns.loss_token_num[turns.run_turn], length
-    )
+    turn_num, factor = fixed_point(turns.divisor, row_format.divisor_unit)
+    per_turn = turns.loss_token_num / (row_format.divisor_unit * factor)
+    loss_token_num = _spread(turns.run_begin, turns.run_length, per_turn[turns.run_turn], length)
     if used < length:
         piece_lengths = np.append(piece_lengths, length - used)
     stops = np.cumsum(piece_lengths)
@@ -164,7 +164,7 @@ def build_row(
         "labels": labels,
         "loss_mask": (loss_token_num > 0).astype(np.float32),
         "loss_token_num": loss_token_num,
-        "turn_num": np.array([turns.turn_num], dtype=np.int64),
+        "turn_num": np.array([turn_num], dtype=np.int64),
         "position_ids": np.arange(length) - np.repeat(stops - piece_lengths, piece_lengths),
         "cu_seqlens": cu_seqlens,
         "max_seqlen": np.array([piece_lengths.max()], dtype=np.int32),
@@ -202,14 +202,13 @@ def row_turns(
         turn_in_session=turn_in_session,
         turns_per_piece=turns_per_piece,
     )
-    turn_num, factor = fixed_point(divisor, row_format.divisor_unit)
     shift = np.cumsum(piece_lengths) - piece_lengths + system_stop - start - 1
     return RowTurns(
         piece=piece_of_turn,
         turn_in_session=turn_in_session,
         num_targets=num_targets,
-        loss_token_num=loss_token_num / (row_format.divisor_unit * factor),
-        turn_num=turn_num,
+        loss_token_num=loss_token_num,
+        divisor=divisor,
         run_turn=runs.turn[here],
         run_begin=(run_begin + shift[piece])[here],
         run_length=run_length[here],

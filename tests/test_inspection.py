@@ -122,6 +122,12 @@ class TestPieces:
         assert [line.split()[5:7] for line in table] == [["8", "53.3%"], ["7", "46.7%"]]
         table = show(whole(CHAT), average="session").splitlines()[-2:]
         assert [line.split()[5] for line in table] == ["0.5", "0.5"]
+        table = show(whole(CHAT), average="sqrt").splitlines()[-2:]
+        assert [line.split()[5] for line in table] == ["2.828", "2.646"]
+
+    def test_a_turn_of_a_cut_session_keeps_its_weight(self) -> None:
+        piece = ShownPiece(session_index=3, session=CHAT, span=(8, 26, 33, 40))
+        assert show(piece, average="session").splitlines()[-1].split()[5] == "0.5"
 
     def test_a_later_window_says_what_it_leaves_out(self) -> None:
         span = (8, 26, 33, 40)
