@@ -253,8 +253,9 @@ def check_args(args: argparse.Namespace) -> None:
     """Raise ConfigError, naming every refused setting of `args` at once."""
     found = [refusal for refusal in REFUSALS if refusal.applies(args)]
     if found:
+        heading = f"not with --dataset-provider {args.dataset_provider}:"
         lines = [f"  {r.setting}: {r.reason}; {r.remedy}" for r in found]
-        raise ConfigError(f"not with --dataset-provider {args.dataset_provider}:\n" + "\n".join(lines))
+        raise ConfigError("\n".join([heading, *lines]))
 
 
 def _balances_experts(args: argparse.Namespace) -> bool:
