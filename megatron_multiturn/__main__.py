@@ -79,6 +79,9 @@ def _print_help() -> None:
 def _hook_megatron(*, on_cpu: bool, has_script: bool) -> None:
     from megatron_multiturn import megatron_compat
     from megatron_multiturn.arguments import add_multiturn_args, prepare_args
+    from megatron_multiturn.layer_spec import adapt_mtp_spec
+    from megatron_multiturn.loss import COUNTS
+    from megatron_multiturn.mtp import roll_within_pieces
 
     def prepare(args: argparse.Namespace) -> None:
         if args.dataset_provider == "megatron" and not has_script:
@@ -102,9 +105,15 @@ def _hook_megatron(*, on_cpu: bool, has_script: bool) -> None:
             "forward_step_func": forward_step,
         }
 
+    def adapt_mtp(block: Any, transformer_impl: str) -> None:
+        if megatron_compat.get_args().dataset_provider != "megatron":
+            adapt_mtp_spec(block, transformer_impl)
+
     megatron_compat.skip_needless_compilation()
     megatron_compat.hook_arguments(add_multiturn_args, prepare)
     megatron_compat.hook_pretrain(replacements)
+    megatron_compat.hook_mtp(adapt_mtp, roll_within_pieces)
+    megatron_compat.hook_evaluation_report(COUNTS)
 
 
 if __name__ == "__main__":

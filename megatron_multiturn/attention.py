@@ -4,6 +4,9 @@
 `[s, b, h, d]`, micro-batch kept, so pipeline and tensor parallel shapes stay as they are; the
 piece boundaries come with Megatron's own `packed_seq_params`, which travel through activation
 recomputation. Rotary embeddings are relative, so positions need no restart inside a row.
+
+Context parallel ranks hold some positions of all heads (`batch.keep_positions_of_rank`). They
+exchange them for all positions of some heads, attend, and exchange back (Ulysses).
 """
 
 import math
@@ -17,6 +20,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from megatron_multiturn import megatron_compat as megatron
 from megatron_multiturn.errors import ConfigError
 
 
@@ -62,6 +66,7 @@ class PackedAttention(MegatronModule):
     """Causal attention within each piece of each row.
 
     Shapes: query [s, b, h, d]; key and value [s, b, g, d], g query groups; result [s, b, h * d].
+    With context parallelism s is the rank's share of a row.
     """
 
     def __init__(
@@ -78,6 +83,9 @@ class PackedAttention(MegatronModule):
         super().__init__(config=config)
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.cp_group = None
+        if config.context_parallel_size > 1:
+            self.cp_group = pg_collection.cp if pg_collection else megatron.context_parallel_group()
 
     def forward(
         self,
@@ -94,6 +102,8 @@ class PackedAttention(MegatronModule):
                 "PackedAttention was called without piece boundaries; it trains packed rows only. "
                 "Load the checkpoint without megatron_multiturn's layer spec to generate text."
             )
+        if self.cp_group is not None:
+            query, key, value = exchange_positions_for_heads(query, key, value, self.cp_group)
         s, b, h, d = query.shape
         # [s, b, h, d] -> [b * s, h, d]: rows end to end, as the boundaries count them
         q, k, v = (t.transpose(0, 1).flatten(0, 1) for t in (query, key, value))
@@ -101,8 +111,11 @@ class PackedAttention(MegatronModule):
             out = self._by_kernel(q, k, v, packed_seq_params)
         else:
             out = self._by_piece(q, k, v, packed_seq_params.host_boundaries)
-        # [b * s, h, d] -> [s, b, h * d]
-        return out.reshape(b, s, h * d).transpose(0, 1).contiguous()
+        # [b * s, h, d] -> [s, b, h, d]
+        out = out.reshape(b, s, h, d).transpose(0, 1)
+        if self.cp_group is not None:
+            out = exchange_heads_for_positions(out, self.cp_group)
+        return out.flatten(2).contiguous()
 
     def _by_kernel(self, q: Tensor, k: Tensor, v: Tensor, rows: PackedRows) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn
@@ -143,15 +156,34 @@ class PackedAttention(MegatronModule):
         return torch.cat(outputs, dim=2).squeeze(0).transpose(0, 1)
 
 
-def packed_layer_spec(model_config: Any, vp_stage: int | None = None) -> Any:
-    """Megatron's own layer spec for `model_config`, with `PackedAttention` in its place.
+def exchange_positions_for_heads(
+    query: Tensor, key: Tensor, value: Tensor, group: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each rank gives its positions of all heads, and gets all positions of its heads.
 
-    Installed by `--spec megatron_multiturn.attention packed_layer_spec`.
+    query [s / n, b, h, d], key and value [s / n, b, g, d] of n ranks; the results hold the s
+    positions in order, h / n heads and g / n groups, or one where there are fewer groups than
+    ranks. One all-to-all carries all three.
     """
-    from megatron.training.models.gpt import default_layer_spec
+    n = group.size()
+    if key.shape[2] < n:
+        key, value = (t.repeat_interleave(n // key.shape[2], dim=2) for t in (key, value))
+    # [s / n, b, heads, d] -> [n, s / n, b, heads / n, d], heads of rank r at r
+    parts = [t.unflatten(2, (n, -1)).movedim(2, 0) for t in (query, key, value)]
+    heads = [part.shape[3] for part in parts]
+    received = megatron.all_to_all(group, torch.cat(parts, dim=3))
+    # [n, 2 * chunk, b, heads, d]: rank r sent chunks r and 2 n - 1 - r of the rows
+    first, second = received.unflatten(1, (2, -1)).unbind(1)
+    in_order = torch.cat([first, second.flip(0)]).flatten(0, 1)
+    q, k, v = in_order.split(heads, dim=2)
+    return q, k, v
 
-    spec = default_layer_spec(model_config, vp_stage)
-    layers = spec.layer_specs if hasattr(spec, "layer_specs") else [spec]
-    for layer in layers:
-        layer.submodules.self_attention.submodules.core_attention = PackedAttention
-    return spec
+
+def exchange_heads_for_positions(out: Tensor, group: Any) -> Tensor:
+    """The inverse, for the output of attention: [s, b, h / n, d] -> [s / n, b, h, d]."""
+    n = group.size()
+    # [s, b, h / n, d] -> [2 n, chunk, b, h / n, d] -> [n, 2, chunk, ...], chunks of rank r at r
+    first, second = out.unflatten(0, (2 * n, -1)).chunk(2)
+    received = megatron.all_to_all(group, torch.stack([first, second.flip(0)], dim=1))
+    # [n, 2, chunk, b, h / n, d] -> [s / n, b, h, d]
+    return received.flatten(1, 2).movedim(0, 2).flatten(2, 3)

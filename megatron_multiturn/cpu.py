@@ -49,6 +49,10 @@ def _is_cuda(device: object) -> bool:
     return isinstance(device, int) and not isinstance(device, bool)
 
 
+def _as_list(value: Any) -> Any:
+    return value.tolist() if isinstance(value, torch.Tensor) else value
+
+
 class _CudaToCpu(TorchFunctionMode):
     """Rewrites the device of every torch call from "cuda" to "cpu"."""
 
@@ -58,8 +62,13 @@ class _CudaToCpu(TorchFunctionMode):
         kwargs = kwargs or {}
         if _is_cuda(kwargs.get("device")):
             kwargs = {**kwargs, "device": _CPU}
+        if kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
         if func in (torch.Tensor.cuda, torch.Tensor.pin_memory):
             return args[0]
+        if func is torch.distributed.all_to_all_single:
+            # Megatron makes lists of the sizes when it copies them from the device to the host.
+            kwargs = {name: _as_list(value) for name, value in kwargs.items()}
         if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
             args = (args[0], _CPU, *args[2:])
         if func is torch.Tensor.type:

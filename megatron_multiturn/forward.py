@@ -1,5 +1,6 @@
 """The forward step that Megatron's schedules call: a batch, the model, and the loss."""
 
+import argparse
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,13 +10,18 @@ from torch import Tensor
 
 from megatron_multiturn import megatron_compat as megatron
 from megatron_multiturn.attention import packed_rows
-from megatron_multiturn.batch import next_batch
-from megatron_multiturn.loss import loss_func, loss_weights
+from megatron_multiturn.batch import Batch, broadcast_rows, keep_positions_of_rank
+from megatron_multiturn.loss import loss_func, loss_weights, turn_report
+from megatron_multiturn.moe import AuxiliaryLossScale
 from megatron_multiturn.provider import row_shape
+
+Rows = dict[str, Tensor]
+
+_auxiliary_losses = AuxiliaryLossScale()
 
 
 def forward_step(
-    data_iterator: Iterator[dict[str, Tensor]] | None, model: Any
+    data_iterator: Iterator[Rows] | None, model: Any
 ) -> tuple[Tensor, Callable[[Tensor], Any]]:
     """One micro-batch through this rank's part of the model.
 
@@ -25,18 +31,10 @@ def forward_step(
     args = megatron.get_args()
     timers = megatron.get_timers()
     timers("batch-generator", log_level=2).start()
-    shape = row_shape()
-    batch = next_batch(
-        data_iterator,
-        shape,
-        args.micro_batch_size if model.training else args.eval_micro_batch_size,
-        tp_group=megatron.tensor_parallel_group(),
-        tp_source_rank=megatron.tensor_parallel_source_rank(),
-        device=torch.cuda.current_device(),
-    )
+    batch = _next_batch(data_iterator, model, args)
     boundaries = packed_rows(
         batch.cu_seqlens,
-        sequence_length=shape.sequence_length,
+        sequence_length=row_shape().sequence_length,
         dtype=args.params_dtype,
     )
     timers("batch-generator").stop()
@@ -47,21 +45,77 @@ def forward_step(
         labels=batch.labels,
         loss_mask=loss_weights(batch.loss_mask, batch.loss_token_num),
         packed_seq_params=boundaries,
+        padding_mask=_routing_padding(batch, model, args),
     )
-    return output, functools.partial(
-        checked_loss_func, batch.loss_mask, batch.loss_token_num, batch.turn_num
-    )
+    share = _share_of_global_batch(model, args, device=batch.loss_mask.device)
+    return output, functools.partial(checked_loss_func, batch, share)
 
 
 def checked_loss_func(
-    loss_mask: Tensor, loss_token_num: Tensor, turn_num: Tensor, output_tensor: Tensor
+    batch: Batch, batch_share: Tensor, output_tensor: Tensor
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """`loss_func`, with the checks for NaN and spikes that Megatron's flags ask for."""
-    loss, divisor, report = loss_func(loss_mask, loss_token_num, turn_num, output_tensor)
+    """`loss_func` and `turn_report`, with the checks that Megatron's flags ask for."""
     args = megatron.get_args()
+    loss, divisor, report = loss_func(
+        batch.loss_mask, batch.loss_token_num, batch.turn_num, output_tensor
+    )
+    report |= turn_report(
+        output_tensor,
+        batch.turn_index,
+        batch.turn_token_num,
+        batch_share=batch_share,
+        num_turn_indices=args.log_turn_index,
+    )
     megatron.validate_loss(
         loss,
         check_finite=args.check_for_nan_in_loss_and_grad,
         check_spiky=args.check_for_spiky_loss,
     )
     return loss, divisor, report
+
+
+def _next_batch(
+    data_iterator: Iterator[Rows] | None, model: Any, args: argparse.Namespace
+) -> Batch:
+    batch = broadcast_rows(
+        _next_rows(data_iterator, model, args),
+        row_shape(),
+        args.micro_batch_size if model.training else args.eval_micro_batch_size,
+        tp_group=megatron.tensor_parallel_group(),
+        tp_source_rank=megatron.tensor_parallel_source_rank(),
+        device=torch.cuda.current_device(),
+    )
+    cp_group = megatron.context_parallel_group()
+    return keep_positions_of_rank(batch, cp_rank=cp_group.rank(), cp_size=cp_group.size())
+
+
+def _next_rows(
+    data_iterator: Iterator[Rows] | None, model: Any, args: argparse.Namespace
+) -> Rows | None:
+    if args.num_experts is not None and model.training:
+        _auxiliary_losses.prepare(model)
+        if megatron.is_first_model_chunk(model):
+            return _auxiliary_losses.next_rows(data_iterator)
+    return None if data_iterator is None else next(data_iterator)
+
+
+def _routing_padding(batch: Batch, model: Any, args: argparse.Namespace) -> Tensor | None:
+    """Which positions the routers' losses leave out, where there are routers."""
+    if args.num_experts is None:
+        return None
+    mask = batch.padding_mask
+    if args.sequence_parallel and not megatron.has_embedding(model):
+        # Megatron cuts the mask together with the embedding; later stages have none.
+        tp_group = megatron.tensor_parallel_group()
+        mask = mask.chunk(tp_group.size(), dim=1)[tp_group.rank()]
+    return mask
+
+
+def _share_of_global_batch(model: Any, args: argparse.Namespace, *, device: Any) -> Tensor:
+    """What this micro-batch is of a global batch; float32 scalar. One rank of CP counts it."""
+    if model.training:
+        num_micro_batches = megatron.num_micro_batches() * megatron.data_parallel_size()
+    else:
+        num_micro_batches = args.eval_global_batch_size // args.eval_micro_batch_size
+    share = 0.0 if megatron.context_parallel_group().rank() else 1 / num_micro_batches
+    return torch.full((), share, device=device)

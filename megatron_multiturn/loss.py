@@ -40,3 +40,38 @@ def loss_func(
         "token loss": torch.stack([masked, loss_mask.sum()]),
     }
     return loss, divisor, report
+
+
+# What `turn_report` counts: no losses, so that a perplexity of them means nothing.
+COUNTS = ("turns", "target tokens")
+
+
+def turn_report(
+    losses: Tensor,
+    turn_index: Tensor,
+    turn_token_num: Tensor,
+    *,
+    batch_share: Tensor,
+    num_turn_indices: int = 0,
+) -> dict[str, Tensor]:
+    """What the log shows of the turns, whatever the average: (sum, count) pairs as above.
+
+    losses, turn_token_num: float32 (b, s); turn_index: int (b, s), as the rows emit them.
+    batch_share: float32 scalar, this micro-batch's share of the global batch; adds up to 1.
+
+    `turns` and `target tokens` are numbers in a global batch; a turn that is cut over rows is
+    one in each. `turn K loss`, K from 1 to `num_turn_indices`, is the mean over the K-th turns
+    of all sessions of each turn's mean; NaN where a global batch has no such turn.
+    """
+    is_target = turn_index > 0
+    share = torch.where(is_target, 1 / turn_token_num, 0.0)  # adds up to 1 over a turn
+    numbers = (share.sum(), is_target.sum(dtype=torch.float32))
+    report = {
+        name: torch.stack([number, batch_share])
+        for name, number in zip(COUNTS, numbers, strict=True)
+    }
+    losses = losses.detach().float()
+    for index in range(1, num_turn_indices + 1):
+        weights = share * (turn_index == index)
+        report[f"turn {index} loss"] = torch.stack([(losses * weights).sum(), weights.sum()])
+    return report

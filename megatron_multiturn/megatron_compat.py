@@ -10,6 +10,7 @@ import functools
 import importlib
 import inspect
 import os
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,23 +25,7 @@ from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
 from megatron_multiturn.errors import ConfigError
 
-__all__ = [
-    "IndexedDataset",
-    "IndexedDatasetBuilder",
-    "build_megatron_tokenizer",
-    "get_args",
-    "get_bin_path",
-    "get_idx_path",
-    "get_timers",
-    "hook_arguments",
-    "hook_pretrain",
-    "print_rank_0",
-    "run_gpt",
-    "skip_needless_compilation",
-    "tensor_parallel_group",
-    "tensor_parallel_source_rank",
-    "validate_loss",
-]
+__all__ = ["IndexedDataset", "IndexedDatasetBuilder", "get_bin_path", "get_idx_path"]  # Megatron's
 
 # A loss this many times the largest seen so far counts as spiky, as in pretrain_gpt.py.
 _SPIKY_LOSS_FACTOR = 10
@@ -89,6 +74,16 @@ def get_blends(args: argparse.Namespace) -> tuple[Any, Any]:
     return get_blend_and_blend_per_split(args)
 
 
+def scheduled_batch_sizes(args: argparse.Namespace) -> list[int]:
+    """The sizes that `--step-batch-size-schedule` gives the global batch one after the other."""
+    if not getattr(args, "step_batch_size_schedule", None):
+        return []
+    from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
+
+    parse = StepBatchsizeNumMicroBatchesCalculator._parse_schedule
+    return [size for _, size in parse(args.step_batch_size_schedule, args.seq_length)]
+
+
 def tensor_parallel_group() -> Any:
     """The process group of this rank's tensor parallel peers."""
     from megatron.core import parallel_state
@@ -101,6 +96,147 @@ def tensor_parallel_source_rank() -> int:
     from megatron.core import parallel_state
 
     return int(parallel_state.get_tensor_model_parallel_src_rank())
+
+
+def context_parallel_group() -> Any:
+    """The process group of the ranks that share this rank's rows."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_context_parallel_group()
+
+
+def data_parallel_size() -> int:
+    """Number of ranks that read different rows."""
+    from megatron.core import parallel_state
+
+    return int(parallel_state.get_data_parallel_world_size())
+
+
+def sum_over_readers(value: torch.Tensor) -> torch.Tensor:
+    """Sum, over the ranks that read different rows, of what tensor parallel rank 0 has read."""
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_tensor_model_parallel_group()
+    torch.distributed.broadcast(value, tensor_parallel_source_rank(), group=group)
+    torch.distributed.all_reduce(value, group=parallel_state.get_data_parallel_group())
+    return value
+
+
+def num_micro_batches() -> int:
+    """Number of micro-batches of a data parallel rank in the present training step."""
+    from megatron.core.num_microbatches_calculator import get_num_microbatches
+
+    return int(get_num_microbatches())
+
+
+def all_to_all(group: Any, tensor: torch.Tensor) -> torch.Tensor:
+    """Exchange equal parts of the first dimension among the ranks; differentiable."""
+    from megatron.core.tensor_parallel import all_to_all
+
+    return all_to_all(group, tensor)
+
+
+def model_config(model: Any) -> Any:
+    """The `TransformerConfig` of a wrapped model."""
+    from megatron.core.utils import get_model_config
+
+    return get_model_config(model)
+
+
+def is_first_model_chunk(model: Any) -> bool:
+    """Whether `model` is the first virtual pipeline stage of this rank, or its only part."""
+    from megatron.core.utils import get_attr_wrapped_model
+
+    return not get_attr_wrapped_model(model, "vp_stage")
+
+
+def has_embedding(model: Any) -> bool:
+    """Whether `model` holds the first layers, and so embeds the tokens."""
+    from megatron.core.utils import get_attr_wrapped_model
+
+    return bool(get_attr_wrapped_model(model, "pre_process"))
+
+
+def routers(model: Any) -> list[Any]:
+    """The routers of the mixtures of experts in `model`."""
+    from megatron.core.transformer.moe.router import Router
+
+    return [module for module in model.modules() if isinstance(module, Router)]
+
+
+def local_norms() -> tuple[type, ...]:
+    """The classes that Megatron's layer specs without Transformer Engine name for norms."""
+    from megatron.core.models import backends
+
+    return tuple(filter(None, (backends.WrappedTorchNorm, backends.FusedLayerNorm)))
+
+
+def default_block_spec(model_config: Any, vp_stage: int | None) -> Any:
+    """Megatron's own spec of the layers of this rank, as a block: `layer_specs`, `layer_norm`."""
+    from megatron.core.transformer import transformer_block
+    from megatron.training.models.gpt import default_layer_spec
+
+    spec = default_layer_spec(model_config, vp_stage)
+    if hasattr(spec, "layer_specs"):
+        return spec
+    num_layers = transformer_block.get_num_layers_to_build(model_config.transformer, vp_stage)
+    return transformer_block.TransformerBlockSubmodules(
+        layer_specs=[spec] * num_layers, layer_norm=transformer_block.LayerNormImpl
+    )
+
+
+def hook_evaluation_report(names: Sequence[str]) -> None:
+    """Leave the perplexities of `names`, which are counts, out of the line on an evaluation.
+
+    Patches how the line is printed: Megatron takes every reported value for a loss.
+    """
+    from megatron import training
+
+    print_rank_last = training.training.print_rank_last
+    perplexity = re.compile(rf" (?:{'|'.join(map(re.escape, names))}) PPL: \S+ \|")
+
+    @functools.wraps(print_rank_last)
+    def print_without(message: str) -> None:
+        print_rank_last(perplexity.sub("", message))
+
+    training.training.print_rank_last = print_without
+
+
+def hook_mtp(adapt_spec: Callable[[Any, str], None], roll: Callable[..., Any]) -> None:
+    """Let multi-token prediction keep pieces apart.
+
+    adapt_spec: changes the spec of its layers in place; called with it and `transformer_impl`.
+    roll: takes the place of Megatron's shift by one position, called with a tensor and the
+        `packed_seq_params` of a forward step, where these are ours (`piece_boundaries`).
+
+    Patches two functions: `--spec` does not reach these layers, and the shift for packed rows
+    takes one row and synchronizes once a piece.
+    """
+    from megatron.core.models.gpt import gpt_layer_specs
+    from megatron.core.transformer import multi_token_prediction
+
+    get_spec, roll_tensor = (
+        gpt_layer_specs.get_gpt_mtp_block_spec,
+        multi_token_prediction.roll_tensor,
+    )
+
+    @functools.wraps(get_spec)
+    def get_adapted_spec(config: Any, *args: Any, **kwargs: Any) -> Any:
+        block = get_spec(config, *args, **kwargs)
+        if block is not None:
+            adapt_spec(block, config.transformer_impl)
+        return block
+
+    @functools.wraps(roll_tensor)
+    def roll_packed(
+        tensor: Any, *args: Any, packed_seq_params: Any = None, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        if tensor is not None and hasattr(packed_seq_params, "piece_boundaries"):
+            return roll(tensor, packed_seq_params)
+        return roll_tensor(tensor, *args, packed_seq_params=packed_seq_params, **kwargs)
+
+    gpt_layer_specs.get_gpt_mtp_block_spec = get_adapted_spec
+    multi_token_prediction.roll_tensor = roll_packed
 
 
 def validate_loss(loss: torch.Tensor, *, check_finite: bool, check_spiky: bool) -> None:
@@ -215,7 +351,30 @@ def run_gpt() -> None:
 
     args = parse_and_validate_args()
     config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
-    training.pretrain(config, None, ModelType.encoder_or_decoder, None)
+    training.pretrain(
+        config,
+        None,
+        ModelType.encoder_or_decoder,
+        None,
+        get_embedding_ranks=functools.partial(embedding_ranks, args),
+    )
+
+
+def embedding_ranks(args: argparse.Namespace, pipeline_ranks: Sequence[int]) -> list[int]:
+    """Which of a pipeline's ranks hold the word embedding, whose gradients they share.
+
+    The first; the last with tied embeddings; and those with layers of multi-token prediction.
+    """
+    from megatron.core.transformer.multi_token_prediction import get_mtp_ranks
+    from megatron.training.arguments import core_transformer_config_from_args
+
+    ranks = {pipeline_ranks[0]}
+    if len(pipeline_ranks) > 1:
+        if not args.untie_embeddings_and_output_weights:
+            ranks.add(pipeline_ranks[-1])
+        if args.mtp_num_layers:
+            ranks |= {*get_mtp_ranks(list(pipeline_ranks), core_transformer_config_from_args(args))}
+    return sorted(ranks)
 
 
 def build_blended_datasets(

@@ -65,7 +65,8 @@ def train_valid_test_datasets_provider(
 def dataset_config(args: argparse.Namespace) -> MultiTurnDatasetConfig:
     """The dataset's configuration from Megatron's arguments."""
     blend, blend_per_split = megatron.get_blends(args)
-    largest_batch = max(args.global_batch_size, args.eval_global_batch_size)
+    batch_sizes = [args.global_batch_size, args.eval_global_batch_size]
+    batch_sizes += megatron.scheduled_batch_sizes(args)
     return MultiTurnDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
@@ -79,7 +80,7 @@ def dataset_config(args: argparse.Namespace) -> MultiTurnDatasetConfig:
         mmap_bin_files=args.mmap_bin_files,
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
         loss_average=args.loss_average,
-        divisor_unit=largest_divisor_unit(args.loss_average, largest_batch, args.seq_length),
+        divisor_unit=largest_divisor_unit(args.loss_average, max(batch_sizes), args.seq_length),
         long_session=args.long_session,
         session_window=args.session_window,
         window_context=args.window_context,

@@ -138,7 +138,11 @@ def build_row(
         loss_mask         float32 (s,)     1 where labels[i] is a target
         loss_token_num    float32 (s,)     what the loss at i is divided by; 0 off target
         turn_num          int64 (1,)       what the row adds to the divisor
+        turn_index        int64 (s,)       1 where labels[i] is a target of its session's first
+                                           turn, 2 of the second, ...; 0 off target
+        turn_token_num    float32 (s,)     targets that this turn has in the row; 0 off target
         position_ids      int64 (s,)       from 0 in every piece, and in the padding at the end
+        padding_mask      bool (s,)        True where there is no token to predict
         cu_seqlens        int32 (max_pieces_per_row + 2,): where the pieces begin and end; the
                           padding at the end of a row is a piece, then s is repeated
         max_seqlen        int32 (1,)       positions of the longest piece
@@ -151,13 +155,19 @@ def build_row(
     turns = row_turns(sessions, spans, row_format)
     turn_num, factor = fixed_point(turns.divisor, row_format.divisor_unit)
     per_turn = turns.loss_token_num / (row_format.divisor_unit * factor)
-    loss_token_num = _spread(turns.run_begin, turns.run_length, per_turn[turns.run_turn], length)
+    loss_token_num, turn_index, turn_token_num = (
+        _spread(turns.run_begin, turns.run_length, value[turns.run_turn], length)
+        for value in (per_turn, turns.turn_in_session + 1, turns.num_targets)
+    )
+    num_positions = _num_positions(spans)
     if used < length:
         piece_lengths = np.append(piece_lengths, length - used)
+        num_positions = np.append(num_positions, 0)
     stops = np.cumsum(piece_lengths)
     cu_seqlens = np.full(row_format.max_pieces_per_row + 2, length, dtype=np.int32)
     cu_seqlens[0] = 0
     cu_seqlens[1 : len(stops) + 1] = stops
+    position_ids = np.arange(length) - np.repeat(stops - piece_lengths, piece_lengths)
     tokens, labels = _tokens_and_labels(sessions, spans, piece_lengths, row_format)
     return {
         "tokens": tokens,
@@ -165,7 +175,10 @@ def build_row(
         "loss_mask": (loss_token_num > 0).astype(np.float32),
         "loss_token_num": loss_token_num,
         "turn_num": np.array([turn_num], dtype=np.int64),
-        "position_ids": np.arange(length) - np.repeat(stops - piece_lengths, piece_lengths),
+        "turn_index": turn_index.astype(np.int64),
+        "turn_token_num": turn_token_num,
+        "position_ids": position_ids,
+        "padding_mask": position_ids >= np.repeat(num_positions, piece_lengths),
         "cu_seqlens": cu_seqlens,
         "max_seqlen": np.array([piece_lengths.max()], dtype=np.int32),
     }
@@ -246,14 +259,18 @@ def target_runs(
     )
 
 
+def _num_positions(spans: NDArray[np.int32]) -> NDArray[np.int64]:
+    """Positions of each piece that have a token to predict; (num_pieces,)."""
+    return (spans[:, 0] + spans[:, 3] - spans[:, 1] - 1).astype(np.int64)
+
+
 def _piece_lengths(spans: NDArray[np.int32], piece_multiple: int) -> NDArray[np.int64]:
     """Positions that each piece fills, rounded up; (num_pieces,)."""
-    positions = (spans[:, 0] + spans[:, 3] - spans[:, 1] - 1).astype(np.int64)
-    return -(-positions // piece_multiple) * piece_multiple
+    return -(-_num_positions(spans) // piece_multiple) * piece_multiple
 
 
 def _spread(
-    begin: NDArray[np.int64], run_length: NDArray[np.int64], value: NDArray[np.float64], length: int
+    begin: NDArray[np.int64], run_length: NDArray[np.int64], value: NDArray[Any], length: int
 ) -> NDArray[np.float32]:
     """float32 (length,): value[r] at positions begin[r] : begin[r] + run_length[r], else 0."""
     counts = np.empty(2 * len(begin) + 1, dtype=np.int64)

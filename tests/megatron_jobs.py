@@ -5,6 +5,7 @@ ranks, one process each, from a server that has imported Megatron already: a job
 two seconds where torchrun takes fifteen.
 """
 
+import atexit
 import json
 import multiprocessing
 import os
@@ -82,12 +83,21 @@ def train_and_record(
     train_iters: int,
     num_ranks: int = 1,
     env: Mapping[str, str] | None = None,
+    model_flags: Sequence[str] = MODEL_FLAGS,
+    script: Path = SCRIPT,
+    train_samples: int | None = None,
 ) -> JobResult:
-    """Train the tests' small GPT for `train_iters` steps, recording into `folder`."""
-    all_flags = [*MODEL_FLAGS, *TRAINING_FLAGS, "--train-iters", str(train_iters), *flags]
+    """Train the tests' small GPT for `train_iters` steps, recording into `folder`.
+
+    train_samples: the rows that those steps take, for schedules that Megatron counts in rows.
+    """
+    length = ["--train-iters", str(train_iters)]
+    if train_samples is not None:
+        length = ["--train-samples", str(train_samples)]
+    all_flags = [*model_flags, *TRAINING_FLAGS, *length, *flags]
     all_flags += ["--data-cache-path", str(folder / "cache")]
     run_ranks(
-        [str(SCRIPT), *all_flags], num_ranks, {"RECORD_DIR": str(folder), **(env or {})}, folder
+        [str(script), *all_flags], num_ranks, {"RECORD_DIR": str(folder), **(env or {})}, folder
     )
     return read_record(folder, train_iters)
 
@@ -101,6 +111,24 @@ def run_ranks(
     timeout: float = 300,
 ) -> None:
     """Run `python -m megatron_multiturn ARGUMENTS` on every rank; logs go to rank-N.log."""
+    for attempts_left in (2, 1, 0):
+        try:
+            _run_ranks_once(arguments, num_ranks, env, log_folder, timeout)
+        except AssertionError as error:
+            # Another program took the port between its choice and its use.
+            if "EADDRINUSE" not in str(error) or not attempts_left:
+                raise
+        else:
+            return
+
+
+def _run_ranks_once(
+    arguments: Sequence[str],
+    num_ranks: int,
+    env: Mapping[str, str],
+    log_folder: Path,
+    timeout: float,
+) -> None:
     context = _process_context()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -160,6 +188,7 @@ def _run_rank(arguments: list[str], env: dict[str, str], log: Path) -> None:
     from megatron_multiturn.__main__ import main
 
     main(arguments)
+    atexit._run_exitfuncs()  # processes of multiprocessing leave without; TensorBoard writes then
 
 
 def read_record(folder: Path, train_iters: int) -> JobResult:

@@ -1,17 +1,11 @@
-"""The plugin's flags on Megatron's own parser: what they set and what is refused."""
+"""The plugin's flags on Megatron's own parser, and what they set."""
 
 import argparse
 import copy
 
 import pytest
 
-from megatron_multiturn.arguments import (
-    PACKED_LAYER_SPEC,
-    REFUSALS,
-    add_multiturn_args,
-    check_args,
-    prepare_args,
-)
+from megatron_multiturn.arguments import PACKED_LAYER_SPEC, add_multiturn_args, prepare_args
 from megatron_multiturn.errors import ConfigError
 
 
@@ -27,83 +21,6 @@ def parsed_args() -> argparse.Namespace:
 @pytest.fixture
 def args(parsed_args: argparse.Namespace) -> argparse.Namespace:
     return copy.deepcopy(parsed_args)
-
-
-# One change of Megatron's arguments a refusal, by the start of the refusal's setting.
-REFUSED: dict[str, dict[str, object]] = {
-    "--sft": {"sft": True},
-    "--spec": {"spec": ["local"]},
-    "--attention-dropout": {"attention_dropout": 0.1},
-    "--context-parallel-size": {"context_parallel_size": 2},
-    "--sequence-parallel": {"sequence_parallel": True, "transformer_impl": "local"},
-    "mixture-of-experts": {"num_experts": 4, "moe_router_load_balancing_type": "sinkhorn"},
-    "--moe-expert-capacity-factor": {
-        "num_experts": 4,
-        "moe_router_load_balancing_type": "none",
-        "moe_expert_capacity_factor": 1.0,
-    },
-    "--mtp-num-layers": {"mtp_num_layers": 1},
-    "--multi-latent-attention": {"multi_latent_attention": True},
-    "--window-size": {"window_size": (128, 0)},
-    "--softmax-type": {"softmax_type": "learnable"},
-    "another model": {"hybrid_layer_pattern": "M*"},
-    "--attention-backend local": {"attention_backend": "AttnBackend.local"},
-    "--yaml-cfg": {"yaml_cfg": "config.yaml"},
-    "fully sharded": {"use_megatron_fsdp": True},
-    "--ddp-average-in-collective": {"ddp_average_in_collective": True},
-    "--overlap-moe-expert-parallel-comm": {"overlap_moe_expert_parallel_comm": True},
-    "--cuda-graph-impl": {"cuda_graph_impl": "local"},
-    "--dataloader-type": {"dataloader_type": "cyclic"},
-    "--full-validation": {"full_validation": True},
-    "--step-batch-size-schedule": {"step_batch_size_schedule": "0:2,512:4"},
-    "--fp16 with --loss-scale": {"fp16": True, "loss_scale": 128.0, "loss_average": "sqrt"},
-    "--mock-data": {"mock_data": True},
-    "--reset-position-ids": {"eod_mask_loss": True},
-    "--logits-load-dir": {"logits_load_dir": "teacher"},
-}
-
-
-def test_every_refusal_is_tested() -> None:
-    assert len(REFUSED) == len(REFUSALS)
-    for start, refusal in zip(REFUSED, REFUSALS, strict=True):
-        assert refusal.setting.startswith(start)
-
-
-@pytest.mark.parametrize("setting", REFUSED)
-def test_refused(args: argparse.Namespace, setting: str) -> None:
-    for name, value in REFUSED[setting].items():
-        assert hasattr(args, name)
-        setattr(args, name, value)
-    with pytest.raises(ConfigError, match=f"(?m)^  {setting}.*: .*; "):
-        check_args(args)
-
-
-def test_the_plugins_own_layers_may_come_from_a_checkpoint(args: argparse.Namespace) -> None:
-    args.spec = PACKED_LAYER_SPEC
-    check_args(args)
-
-
-def test_defaults_are_accepted_and_all_that_is_wrong_is_said_at_once(
-    args: argparse.Namespace,
-) -> None:
-    check_args(args)
-    args.sft, args.mock_data = True, True
-    with pytest.raises(ConfigError, match=r"(?s)--sft.*--mock-data"):
-        check_args(args)
-
-
-def test_experts_without_auxiliary_losses_are_accepted(args: argparse.Namespace) -> None:
-    args.num_experts, args.moe_router_load_balancing_type = 4, "none"
-    check_args(args)
-    args.moe_z_loss_coeff = 1e-3
-    with pytest.raises(ConfigError, match="mixture-of-experts"):
-        check_args(args)
-
-
-def test_a_list_of_balancing_types_is_searched(args: argparse.Namespace) -> None:
-    args.num_experts, args.moe_router_load_balancing_type = 4, ["none", "seq_aux_loss"]
-    with pytest.raises(ConfigError, match="mixture-of-experts"):
-        check_args(args)
 
 
 def test_what_is_prepared(args: argparse.Namespace) -> None:

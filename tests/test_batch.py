@@ -1,14 +1,20 @@
 """The wire format of a micro-batch: what goes in comes out, in shape, type and value."""
 
+import math
+from dataclasses import fields
+
 import pytest
 import torch
 
 from megatron_multiturn.batch import (
+    Batch,
     RowShape,
     batch_shapes,
     flatten_rows,
+    keep_positions_of_rank,
     unflatten_rows,
 )
+from megatron_multiturn.errors import DatasetError
 
 SHAPE = RowShape(sequence_length=7, num_boundaries=4)
 
@@ -17,11 +23,14 @@ def rows(micro_batch_size: int = 2) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     collated: dict[str, torch.Tensor] = {}
     for name, shape in batch_shapes(SHAPE, micro_batch_size).items():
-        if name in ("loss_mask", "loss_token_num"):
+        if name in ("loss_mask", "loss_token_num", "turn_token_num"):
             collated[name] = torch.rand(shape, generator=generator)
+        elif name == "padding_mask":
+            collated[name] = torch.rand(shape, generator=generator) < 0.5
         else:
             collated[name] = torch.randint(0, 2**31 - 1, shape, generator=generator)
-    collated["cu_seqlens"] = collated["cu_seqlens"].int()
+    for name in ("cu_seqlens", "turn_index"):
+        collated[name] = collated[name].int()
     return collated
 
 
@@ -46,5 +55,36 @@ def test_other_keys_of_a_row_are_left_behind() -> None:
 
 def test_rows_of_another_shape_are_refused() -> None:
     wrong = {**rows(), "cu_seqlens": torch.zeros(2, 5, dtype=torch.int32)}
-    with pytest.raises(ValueError, match=r"'cu_seqlens' has shape \(2, 5\).*expects \(2, 4\)"):
+    with pytest.raises(DatasetError, match=r"'cu_seqlens' has shape \(2, 5\).*expects \(2, 4\)"):
         flatten_rows(wrong, batch_shapes(SHAPE, 2))
+    del wrong["cu_seqlens"]
+    with pytest.raises(DatasetError, match=r"'cu_seqlens' has shape None.*sample contract"):
+        flatten_rows(wrong, batch_shapes(SHAPE, 2))
+
+
+@pytest.mark.parametrize("cp_size", [2, 4])
+def test_context_parallel_ranks_share_the_positions_and_one_counts_the_turns(cp_size: int) -> None:
+    length = 8 * cp_size
+    batch = batch_of(length)
+    parts = [keep_positions_of_rank(batch, cp_rank=r, cp_size=cp_size) for r in range(cp_size)]
+    chunk = length // (2 * cp_size)
+    for rank, part in enumerate(parts):
+        first, last = rank * chunk, (2 * cp_size - 1 - rank) * chunk
+        positions = [*range(first, first + chunk), *range(last, last + chunk)]
+        for field in fields(batch):
+            whole, mine = getattr(batch, field.name), getattr(part, field.name)
+            if field.name == "turn_num":
+                assert torch.equal(mine, whole if rank == 0 else torch.zeros_like(whole))
+            elif field.name == "cu_seqlens":
+                assert torch.equal(mine, whole)
+            else:
+                assert torch.equal(mine, whole[:, positions])
+    assert keep_positions_of_rank(batch, cp_rank=0, cp_size=1) is batch
+
+
+def batch_of(length: int) -> Batch:
+    shapes = batch_shapes(RowShape(sequence_length=length, num_boundaries=4), 2)
+    sent: dict[str, torch.Tensor] = {
+        name: torch.arange(1, 1 + math.prod(shape)).view(shape) for name, shape in shapes.items()
+    }
+    return unflatten_rows(flatten_rows(sent, shapes), shapes)

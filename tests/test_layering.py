@@ -19,7 +19,8 @@ ORDER = (
     *("index_file", "manifest", "store"),
     # dataset -> rows -> training
     *("cutting", "windows", "packing", "averages", "samples", "plan_cache", "dataset"),
-    *("batch", "attention", "loss", "provider", "forward", "arguments", "cpu", "__main__"),
+    *("batch", "attention", "loss", "provider", "forward", "refusals", "arguments"),
+    *("cpu", "recording", "__main__"),
     # commands
     *("tokenizer_flags", "pipeline", "preprocess"),
     *("decoding", "row_view", "dataset_statistics", "inspection"),

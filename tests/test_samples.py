@@ -31,6 +31,7 @@ def test_the_worked_example() -> None:
     assert row["loss_token_num"].tolist() == [0, 0, 3, 3, 3, 0, 2, 2, 0, 0, 3, 3, 3, 0, 0]
     assert row["loss_mask"].tolist() == [0, 0, 1, 1, 1, 0, 1, 1, 0, 0, 1, 1, 1, 0, 0]
     assert row["turn_num"].tolist() == [3]
+    assert row["turn_index"].tolist() == [0, 0, 1, 1, 1, 0, 2, 2, 0, 0, 3, 3, 3, 0, 0]
     assert row["labels"].tolist() == list(range(101, 116))
     assert row["tokens"].tolist() == list(range(100, 115))
 
@@ -44,7 +45,10 @@ def test_the_sample_contract() -> None:
         "loss_mask": ("float32", (8,)),
         "loss_token_num": ("float32", (8,)),
         "turn_num": ("int64", (1,)),
+        "turn_index": ("int64", (8,)),
+        "turn_token_num": ("float32", (8,)),
         "position_ids": ("int64", (8,)),
+        "padding_mask": ("bool", (8,)),
         "cu_seqlens": ("int32", (6,)),
         "max_seqlen": ("int32", (1,)),
     }
@@ -53,6 +57,7 @@ def test_the_sample_contract() -> None:
     assert row["position_ids"].tolist() == [0, 1, 2, 0, 0, 1, 2, 3]
     assert row["cu_seqlens"].tolist() == [0, 3, 4, 8, 8, 8]
     assert row["max_seqlen"].tolist() == [4]
+    assert row["padding_mask"].tolist() == [False] * 4 + [True] * 4
 
 
 def test_pieces_are_rounded_up_inside_the_row() -> None:
@@ -62,6 +67,7 @@ def test_pieces_are_rounded_up_inside_the_row() -> None:
     assert row["position_ids"].tolist() == [0, 1, 2, 3] * 3
     assert row["cu_seqlens"].tolist() == [0, 4, 8, 12, 12, 12]
     assert row["loss_token_num"].tolist() == [0, 2, 2, 0, 1, 0, 0, 0, 0, 0, 0, 0]
+    assert np.flatnonzero(~row["padding_mask"]).tolist() == [0, 1, 2, 4]
 
 
 def test_a_full_row_has_no_padding_piece() -> None:
@@ -99,6 +105,19 @@ def test_a_masked_gap_is_inside_one_turn() -> None:
     row = row_of("|uAA..BB".replace("B", "A"), length=8)
     assert row["loss_token_num"].tolist() == [4, 4, 0, 0, 4, 4, 0, 0]
     assert row["turn_num"].tolist() == [1]
+
+
+@pytest.mark.parametrize("average", LOSS_AVERAGES)
+def test_turns_are_told_apart_under_every_average(average: str) -> None:
+    """A later window knows the place of its turns in the session, and how long they are."""
+    sessions = [draw("|uAA"), draw("|uAA|uBBB|uC")]
+    spans = np.array([[0, 0, 0, 3], [0, 3, 3, 9]], dtype=np.int32)
+    row_format = RowFormat(
+        sequence_length=8, max_pieces_per_row=2, pad_token=0, loss_average=average
+    )
+    row = build_row(sessions, spans, row_format)
+    assert row["turn_index"].tolist() == [1, 1, 2, 2, 2, 0, 3, 0]
+    assert row["turn_token_num"].tolist() == [2, 2, 3, 3, 3, 0, 1, 0]
 
 
 @pytest.mark.parametrize("average", LOSS_AVERAGES)

@@ -4,10 +4,14 @@ Run by the tests as SCRIPT.py of `python -m megatron_multiturn`. Beside a traini
 in the folder RECORD_DIR:
 
     losses.jsonl       one line a step: each reduced loss, in full precision
-    initial/           each rank's parts of the parameters before the first step, unless
-                       they came from INITIAL_PARAMETERS, such a folder of another run
+    initial/           a recording (megatron_multiturn.recording) of the parameters before the
+                       first step, unless they came from INITIAL_PARAMETERS, such a folder of
+                       another run
     gradients-N/       the gradients of step N before the optimizer, likewise
     parameters/        the parameters after the last step, likewise
+
+With the variable MUTANT it records what this rank holds by itself: `local-gradients`, whatever
+the reduction has left in them, or `stale-parameters`, without those that others have updated.
 
 Its own datasets and loss, used with `--dataset-provider megatron`, are the split form that the
 packed rows must equal: one sample a row, causal attention over it, each sample's loss a weighted
@@ -23,14 +27,19 @@ from pathlib import Path
 
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.enums import ModelType
-from megatron.core.utils import unwrap_model
 from megatron.training import get_args, pretrain, training
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
-from recorded_tensors import save_parts, whole_tensors
+
+from megatron_multiturn import recording
+from megatron_multiturn.recording import (
+    Recording,
+    gradient_parts,
+    load_parameters,
+    parameter_parts,
+    save_parts,
+)
 
 RECORD_DIR = Path(os.environ["RECORD_DIR"])
 
@@ -119,60 +128,31 @@ def split_forward_step(data_iterator, model):
     return output, partial(split_loss, batch["weights"])
 
 
-def shards(model):
-    """Megatron's own account of which part of which whole tensor this rank holds.
-
-    Their data are views of the parameters.
-    """
-    states = [unwrap_model(chunk).sharded_state_dict() for chunk in model]
-    for state in states:
-        apply_factories(state)
-    return [part for part in nested_values(states) if isinstance(part, ShardedTensor)]
-
-
-def place(part):
-    """Where in the whole tensor the part lies."""
-    sizes = [1] * part.prepend_axis_num + list(part.local_shape)
-    return tuple(slice(o, o + n) for o, n in zip(part.global_offset, sizes, strict=True))
-
-
-def save(model, name, *, gradients):
-    """Save this rank's parts of the parameters, or in their place of the gradients."""
-    parameters = [p for chunk in model for p in unwrap_model(chunk).parameters()]
-    kept = [p.data.clone() for p in parameters]
-    if gradients:
-        for p in parameters:
-            p.data.copy_(p.main_grad)
-    parts = [(x.key, x.global_shape, place(x), x.data.detach().clone()) for x in shards(model)]
-    save_parts(RECORD_DIR / name, torch.distributed.get_rank(), parts)
-    for p, data in zip(parameters, kept, strict=True):
-        p.data.copy_(data)
-
-
-def load_parameters(model, optimizer, folder):
-    """Begin with the parameters that a run of any layout saved in `folder`."""
-    whole = whole_tensors(Path(folder))
-    with torch.no_grad():
-        for part in shards(model):
-            part.data.copy_(whole[part.key][place(part)].view_as(part.data))
-    optimizer.reload_model_params()
+def save(parts, name):
+    save_parts(RECORD_DIR / name, parts, rank=torch.distributed.get_rank())
 
 
 def record_training():
     """Hook Megatron's training loop so that it writes down losses, gradients, parameters."""
+    read_parameters = parameter_parts
+    if os.environ.get("MUTANT") == "local-gradients":
+        recording._gather_bucket = lambda bucket, gradients, ranks: gradients
+    elif os.environ.get("MUTANT") == "stale-parameters":
+        read_parameters = recording._parts
     setup, train_step = training.setup_model_and_optimizer, training.train_step
     state = {"step": 0}
 
     def recording_setup(*args, **kwargs):
         model, optimizer, scheduler = setup(*args, **kwargs)
         if "INITIAL_PARAMETERS" in os.environ:
-            load_parameters(model, optimizer, os.environ["INITIAL_PARAMETERS"])
+            initial = Recording(Path(os.environ["INITIAL_PARAMETERS"]))
+            load_parameters(model, optimizer, initial)
         else:
-            save(model, "initial", gradients=False)
+            save(parameter_parts(model), "initial")
         step = optimizer.step
 
         def recording_step(*args, **kwargs):
-            save(model, f"gradients-{state['step']}", gradients=True)
+            save(gradient_parts(model), f"gradients-{state['step']}")
             return step(*args, **kwargs)
 
         optimizer.step = recording_step
@@ -187,7 +167,7 @@ def record_training():
                 file.write(json.dumps(losses) + "\n")
         state["step"] += 1
         if state["step"] == get_args().train_iters:
-            save(state["model"], "parameters", gradients=False)
+            save(read_parameters(state["model"]), "parameters")
         return result
 
     training.setup_model_and_optimizer = recording_setup

@@ -1,0 +1,335 @@
+"""What is refused before the model is built: the setting, the reason and the remedy.
+
+A refused setting is one under which Megatron would train something else than was asked for: with
+another divisor, other rows, pieces that see each other, or a loss that it reports wrongly; or one
+that the plugin cannot serve and that would fail only when training is under way.
+"""
+
+import argparse
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_multiturn.averages import MAX_DIVISOR_UNIT
+from megatron_multiturn.errors import ConfigError
+
+_OWN_LOSS = "remove it, or train with --dataset-provider megatron"
+
+
+class Flags:
+    """Megatron's arguments; None for those that its version does not have."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._values = vars(args)
+
+    def __getattr__(self, name: str) -> Any:
+        return self._values.get(name)
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """One line of the table. `{name}` in the texts stands for the value of that argument."""
+
+    setting: str
+    applies: Callable[[Flags], object]
+    reason: str
+    remedy: str = "remove it"
+
+
+def refused(args: argparse.Namespace) -> list[Refusal]:
+    """The refusals that `args` meets, in the order of `REFUSALS`."""
+    flags = Flags(args)
+    return [refusal for refusal in REFUSALS if refusal.applies(flags)]
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Raise ConfigError, naming every refused setting of `args` at once."""
+    found = refused(args)
+    if found:
+        values = defaultdict(lambda: None, vars(args))
+        lines = ["not with --dataset-provider {dataset_provider}:"]
+        lines += [f"  {r.setting}: {r.reason}; {r.remedy}" for r in found]
+        raise ConfigError("\n".join(lines).format_map(values))
+
+
+def _is_another_model(a: Flags) -> bool:
+    patterns = (a.hybrid_layer_pattern, a.hybrid_override_pattern, a.mtp_hybrid_override_pattern)
+    configs = (a.heterogeneous_layers_config_path, a.heterogeneous_layers_config_encoded_json)
+    return any((a.experimental_attention_variant, *patterns, *configs, a.use_legacy_models))
+
+
+def _uses_cuda_graphs(a: Flags) -> bool:
+    # Megatron turns the two deprecated flags into the first when it validates the arguments.
+    deprecated = a.enable_cuda_graph or a.external_cuda_graph
+    return bool(deprecated) or a.cuda_graph_impl not in (None, "none")
+
+
+def _cp_size(a: Flags) -> int:
+    return a.context_parallel_size or 1
+
+
+def _tp_size(a: Flags) -> int:
+    return a.tensor_model_parallel_size or 1
+
+
+def _splits_heads(a: Flags) -> bool:
+    return (a.num_attention_heads or 0) // _tp_size(a) % _cp_size(a) != 0
+
+
+def _splits_groups(a: Flags) -> bool:
+    if not a.group_query_attention:
+        return False
+    # With fewer groups than tensor parallel ranks each rank computes one.
+    groups, ranks = max(1, (a.num_query_groups or 1) // _tp_size(a)), _cp_size(a)
+    return groups % ranks != 0 and ranks % groups != 0
+
+
+def _splits_rows_unevenly(a: Flags) -> bool:
+    multiple = 2 * _cp_size(a) if _cp_size(a) > 1 else 1
+    if a.sequence_parallel:
+        multiple = math.lcm(multiple, _cp_size(a) * _tp_size(a))
+    return (a.seq_length or 0) % multiple != 0
+
+
+def _as_set(value: Any) -> set[str]:
+    return {value} if isinstance(value, str) else set(value or [])
+
+
+def _cuts_rows_otherwise(a: Flags) -> bool:
+    other = a.hierarchical_context_parallel_sizes or not _as_set(a.cp_comm_type) <= {"p2p", "a2a"}
+    return bool(a.hybrid_context_parallel or (_cp_size(a) > 1 and other))
+
+
+def _routes_by_micro_batch(a: Flags) -> bool:
+    kinds = _as_set(a.moe_router_load_balancing_type)
+    return bool(a.num_experts and kinds & {"sinkhorn", "quantile_balancing"})
+
+
+def _drops_tokens(a: Flags) -> bool:
+    factor = a.moe_expert_capacity_factor
+    return bool(a.num_experts) and factor is not None and factor >= 0  # below 0: no capacity
+
+
+def _batch_would_shrink(a: Flags) -> bool:
+    if not (a.decrease_batch_size_if_needed and a.global_batch_size and a.micro_batch_size):
+        return False
+    model_size = _tp_size(a) * (a.pipeline_model_parallel_size or 1) * _cp_size(a)
+    rows_at_once = a.micro_batch_size * max(1, (a.world_size or 1) // model_size)
+    return bool(a.global_batch_size % rows_at_once)
+
+
+def _loss_scale_is_too_large(a: Flags) -> bool:
+    if not a.fp16 or a.loss_average in (None, "turn", "token"):
+        return False
+    return bool(a.loss_scale) or (a.min_loss_scale or 0) > 1 / MAX_DIVISOR_UNIT
+
+
+def _shards_otherwise(a: Flags) -> bool:
+    hybrid = (a.num_distributed_optimizer_instances or 1) > 1
+    v2 = a.megatron_fsdp_version == 2
+    return bool(a.use_torch_fsdp2 or (a.use_megatron_fsdp and (hybrid or v2)))
+
+
+def _evaluates_in_part(a: Flags) -> bool:
+    return bool(a.eval_iters) and (a.tensor_parallel_num_weight_shards or 1) > _tp_size(a)
+
+
+REFUSALS = (
+    # Other rows, and other losses than the mean over turns.
+    Refusal(
+        "--sft",
+        lambda a: a.sft,
+        "Megatron's SFT mode brings its own rows and makes evaluation a mean of means",
+        "remove it; this plugin replaces it",
+    ),
+    Refusal(
+        "--perform-rl-step, --modelopt-enabled, --export-kd-teacher-load or --logits-load-dir",
+        lambda a: (
+            a.perform_rl_step
+            or a.modelopt_enabled
+            or a.export_kd_teacher_load
+            or a.logits_load_dir is not None
+        ),
+        "reinforcement learning, quantization and distillation bring layers or losses of their own",
+        _OWN_LOSS,
+    ),
+    Refusal(
+        "--mock-data or --fim-data",
+        lambda a: a.mock_data or a.fim_data,
+        "they are other datasets",
+        _OWN_LOSS,
+    ),
+    Refusal(
+        "--reset-position-ids, --reset-attention-mask or --eod-mask-loss",
+        lambda a: a.reset_position_ids or a.reset_attention_mask or a.eod_mask_loss,
+        "they guess pieces and masks from token ids; here both come from the data",
+    ),
+    Refusal(
+        "--yaml-cfg",
+        lambda a: a.yaml_cfg is not None,
+        "a YAML configuration bypasses these checks",
+        "pass flags",
+    ),
+    # The rows of a global batch, and the evaluation's.
+    Refusal(
+        "--dataloader-type other than single",
+        lambda a: a.dataloader_type not in (None, "single"),
+        "each global batch must be the same rows on any cluster shape; the plan is shuffled",
+    ),
+    Refusal(
+        "--decrease-batch-size-if-needed with a batch that does not fit",
+        _batch_would_shrink,
+        "the {global_batch_size} rows of a batch would become fewer on this number of ranks",
+        "pass a --global-batch-size that is a multiple of --micro-batch-size {micro_batch_size} "
+        "times the data parallel ranks",
+    ),
+    Refusal(
+        "--rampup-batch-size",
+        lambda a: a.rampup_batch_size is not None,
+        "Megatron ignores it since 0.18, and every batch would have the full size",
+    ),
+    Refusal(
+        "--step-batch-size-schedule with --train-iters",
+        lambda a: a.step_batch_size_schedule is not None and a.train_iters,
+        "Megatron would read rows for steps of --micro-batch-size times the data parallel ranks",
+        "pass --train-samples",
+    ),
+    Refusal(
+        "--iterations-to-skip with --context-parallel-size above 1",
+        lambda a: a.iterations_to_skip and _cp_size(a) > 1,
+        "Megatron reads the rows that it skips by itself, and fails on the pieces in them",
+        "remove it, or skip the iterations without context parallelism",
+    ),
+    Refusal(
+        "--full-validation",
+        lambda a: a.full_validation,
+        "Megatron deals its rows out one a rank and repeats some, so the loss would depend on the "
+        "number of ranks",
+        "pass --eval-iters with enough steps for the validation rows",
+    ),
+    # Attention that ignores the boundaries of pieces.
+    Refusal(
+        "--spec",
+        lambda a: a.spec is not None and not " ".join(a.spec).startswith("megatron_multiturn."),
+        "only the plugin's own layer spec is known to keep the pieces of a row apart",
+        _OWN_LOSS,
+    ),
+    Refusal(
+        "another model than GPT",
+        _is_another_model,
+        "only layers of softmax attention keep the pieces of a row apart",
+        "remove the experimental, hybrid, heterogeneous or legacy flags",
+    ),
+    Refusal(
+        "--attention-backend local",
+        lambda a: "local" in str(a.attention_backend),
+        "it puts Megatron's own attention back, which sees across pieces",
+    ),
+    Refusal(
+        "--attention-dropout above 0",
+        lambda a: (a.attention_dropout or 0) > 0,
+        "the variable-length attention kernel has no dropout (Megatron's default is 0.1)",
+        "pass --attention-dropout 0",
+    ),
+    Refusal(
+        "--window-size, or --softmax-type other than vanilla",
+        lambda a: a.window_size is not None or a.softmax_type not in (None, "vanilla"),
+        "packed attention has neither a sliding window nor an attention sink",
+    ),
+    Refusal(
+        "--multi-latent-attention",
+        lambda a: a.multi_latent_attention,
+        "packed attention wants keys and values of one head size",
+        "use --group-query-attention",
+    ),
+    Refusal(
+        "--qk-clip or --log-max-attention-logit",
+        lambda a: a.qk_clip or a.log_max_attention_logit,
+        "packed attention does not keep the largest logit, which they read after every step",
+    ),
+    Refusal(
+        "--cuda-graph-impl, --enable-cuda-graph or --external-cuda-graph",
+        _uses_cuda_graphs,
+        "a captured graph would replay the first batch's piece boundaries",
+    ),
+    # Context parallelism.
+    Refusal(
+        "--hybrid-context-parallel, --hierarchical-context-parallel-sizes, or a --cp-comm-type "
+        "other than p2p or a2a",
+        _cuts_rows_otherwise,
+        "every row is cut alike, and packed attention exchanges among all context parallel ranks",
+    ),
+    Refusal(
+        "--num-attention-heads with --context-parallel-size",
+        _splits_heads,
+        "{num_attention_heads} heads over {tensor_model_parallel_size} tensor parallel ranks leave "
+        "each a number that {context_parallel_size} context parallel ranks cannot share evenly",
+        "make heads / TP a multiple of CP",
+    ),
+    Refusal(
+        "--num-query-groups with --context-parallel-size",
+        _splits_groups,
+        "{num_query_groups} groups over {tensor_model_parallel_size} tensor parallel ranks leave "
+        "each a number that {context_parallel_size} context parallel ranks cannot share evenly",
+        "make groups / TP a multiple or a divisor of CP",
+    ),
+    Refusal(
+        "--seq-length with --context-parallel-size or --sequence-parallel",
+        _splits_rows_unevenly,
+        "the ranks cannot share {seq_length} positions evenly",
+        "pass a multiple of 2 * CP, and with --sequence-parallel of CP * TP",
+    ),
+    # Mixtures of experts and multi-token prediction.
+    Refusal(
+        "--moe-router-load-balancing-type sinkhorn or quantile_balancing",
+        _routes_by_micro_batch,
+        "experts are balanced within a micro-batch, so the routing of a token depends on the other "
+        "pieces in it",
+        "use aux_loss, seq_aux_loss, global_aux_loss or none",
+    ),
+    Refusal(
+        "--moe-expert-capacity-factor",
+        _drops_tokens,
+        "which tokens are dropped depends on the other pieces of the micro-batch",
+    ),
+    Refusal(
+        "--overlap-moe-expert-parallel-comm",
+        lambda a: a.overlap_moe_expert_parallel_comm,
+        "its schedule takes the model apart, past the plugin's forward step",
+    ),
+    Refusal(
+        "--mtp-num-layers with --context-parallel-size above 1, or --mtp-hsm",
+        lambda a: a.mtp_num_layers and (_cp_size(a) > 1 or a.mtp_hsm),
+        "further tokens and hidden states would come from other ranks, or from other pieces",
+        "use tensor, sequence or pipeline parallelism, and no --mtp-hsm",
+    ),
+    # Gradients that are not divided once, by the divisor of the global batch.
+    Refusal(
+        "fully sharded data parallelism other than --use-megatron-fsdp with one instance",
+        _shards_otherwise,
+        "PyTorch's does not divide gradients by what the loss counts, and hybrid sharding was seen "
+        "to lose a part of them, also without this plugin",
+        "use --use-megatron-fsdp without --num-distributed-optimizer-instances, or "
+        "--use-distributed-optimizer",
+    ),
+    Refusal(
+        "--ddp-average-in-collective",
+        lambda a: a.ddp_average_in_collective,
+        "it averages over data parallel ranks, which the turn mean must not",
+    ),
+    Refusal(
+        "--tensor-parallel-num-weight-shards above the tensor parallel size",
+        _evaluates_in_part,
+        "Megatron 0.19 reports the evaluation loss of a part of the rows",
+        "remove it, or pass --eval-iters 0",
+    ),
+    Refusal(
+        "--fp16 under a --loss-average other than turn or token",
+        _loss_scale_is_too_large,
+        f"the loss is counted in a unit of up to {MAX_DIVISOR_UNIT:,}, and Megatron skips every "
+        "step whose gradients overflow with it",
+        "remove --loss-scale and pass --min-loss-scale 1e-5, or train in bf16",
+    ),
+)
