@@ -62,6 +62,7 @@ setup(
         "console_scripts": [
             "megatron-multiturn-preprocess = megatron_multiturn.preprocess:main",
             "megatron-multiturn-inspect = megatron_multiturn.inspection:main",
+            "megatron-multiturn-selfcheck = megatron_multiturn.selfcheck:main",
         ]
     },
 )

@@ -78,7 +78,11 @@ data=(
 parallel=(
     --tensor-model-parallel-size "${TENSOR_PARALLEL:-1}"
     --pipeline-model-parallel-size "${PIPELINE_PARALLEL:-1}"
+    --context-parallel-size "${CONTEXT_PARALLEL:-1}"
 )
+if ((${TENSOR_PARALLEL:-1} > 1)); then
+    parallel+=(--sequence-parallel)
+fi
 # Without Transformer Engine or Apex, Megatron 0.19 cannot load what its distributed optimizer
 # has saved, and a run could not go on.
 has_module() {

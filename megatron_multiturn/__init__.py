@@ -25,9 +25,10 @@ The way of the data; each module imports only modules above it:
          |  provider.py    --dataset-provider: hands the datasets to Megatron's pretrain
          v
        Batch
-         |  batch.py       one broadcast over tensor parallel ranks
-         |  attention.py   packed attention: no piece sees another
+         |  batch.py       one broadcast over tensor parallel ranks, a cut over context parallel
+         |  attention.py   packed attention: no piece sees another; layer_spec.py puts it in place
          |  loss.py        sum of turn means, integer divisor, the report
+         |  moe.py mtp.py  auxiliary losses, at the size that Megatron gives them
          v
      gradients
             forward.py     forward_step, the function that Megatron calls

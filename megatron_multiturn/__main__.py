@@ -84,6 +84,8 @@ def _hook_megatron(*, on_cpu: bool, has_script: bool) -> None:
     from megatron_multiturn.mtp import roll_within_pieces
 
     def prepare(args: argparse.Namespace) -> None:
+        # A YAML configuration has none of our flags, and is refused.
+        vars(args).setdefault("dataset_provider", "multiturn")
         if args.dataset_provider == "megatron" and not has_script:
             raise ConfigError(
                 "--dataset-provider megatron needs a SCRIPT.py, whose datasets and loss it uses; "

@@ -3,7 +3,6 @@
 import argparse
 import importlib.util
 
-from megatron_multiturn import megatron_compat as megatron
 from megatron_multiturn.refusals import check_args
 from megatron_multiturn.samples import LOSS_AVERAGES
 from megatron_multiturn.windows import LONG_SESSION_POLICIES
@@ -83,7 +82,9 @@ def prepare_args(args: argparse.Namespace, *, on_cpu: bool) -> list[str]:
 
 def _fit_evaluation(args: argparse.Namespace) -> list[str]:
     """Evaluate on the same rows on any layout, where Megatron would take a layout's own number."""
-    sizes = megatron.scheduled_batch_sizes(args)
+    from megatron_multiturn.megatron_compat import scheduled_batch_sizes  # not for --help
+
+    sizes = scheduled_batch_sizes(args)
     if not sizes or args.eval_global_batch_size is not None:
         return []
     args.eval_global_batch_size = max(sizes)

@@ -55,6 +55,7 @@ _WIRE_DTYPES = {
 }
 _BATCH_DTYPES = dict.fromkeys(("tokens", "labels", "position_ids", "turn_num"), torch.int64)
 _BATCH_DTYPES["padding_mask"] = torch.bool
+_MAX_TURN_NUM = 2**31 - 1
 
 
 def batch_shapes(row_shape: RowShape, micro_batch_size: int) -> dict[str, tuple[int, int]]:
@@ -75,6 +76,12 @@ def flatten_rows(rows: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int
             raise DatasetError(
                 f"the dataset's {name!r} has shape {found} where this job expects {shape} "
                 "(micro-batch size, width); its rows do not keep the sample contract"
+            )
+        if name == "turn_num" and int(tensor.sum()) > _MAX_TURN_NUM:
+            raise DatasetError(
+                f"the dataset's 'turn_num' adds up to {int(tensor.sum()):,} in a micro-batch, and "
+                f"Megatron's divisor holds {_MAX_TURN_NUM:,} in a global batch; count in a "
+                "coarser unit"
             )
         parts.append(tensor.to(_WIRE_DTYPES[name]).view(torch.int32).flatten())
     return torch.cat(parts)

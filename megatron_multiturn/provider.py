@@ -46,9 +46,13 @@ def train_valid_test_datasets_provider(
             "no data: pass --data-path PREFIX (or --train-data-path and its siblings) as written "
             "by megatron-multiturn-preprocess"
         )
+    num_samples = list(train_val_test_num_samples)
+    if num_samples[0] is not None:
+        # The last batch of a schedule ends beyond --train-samples.
+        num_samples[0] += max(megatron.scheduled_batch_sizes(args), default=0)
     train, valid, test = megatron.build_blended_datasets(
         MultiTurnDataset,
-        train_val_test_num_samples,
+        num_samples,
         lambda: megatron.tensor_parallel_group().rank() == 0,
         config,
     )

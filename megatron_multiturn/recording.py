@@ -269,8 +269,8 @@ def _host_copy(tensor: Tensor) -> Tensor:
 
 
 def _fingerprint(tensor: Tensor) -> tuple[float, float]:
-    """(sum, Euclidean norm), in float64."""
-    exact = tensor.detach().double()
+    """(sum, Euclidean norm), in float64 and on the host: equal tensors have equal ones."""
+    exact = tensor.detach().to("cpu", torch.float64).contiguous()
     return float(exact.sum()), float(exact.norm())
 
 

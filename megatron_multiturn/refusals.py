@@ -189,6 +189,7 @@ REFUSALS = (
         "--rampup-batch-size",
         lambda a: a.rampup_batch_size is not None,
         "Megatron ignores it since 0.18, and every batch would have the full size",
+        "use --step-batch-size-schedule with --train-samples",
     ),
     Refusal(
         "--step-batch-size-schedule with --train-iters",
@@ -231,7 +232,8 @@ REFUSALS = (
         "--attention-dropout above 0",
         lambda a: (a.attention_dropout or 0) > 0,
         "the variable-length attention kernel has no dropout (Megatron's default is 0.1)",
-        "pass --attention-dropout 0",
+        "pass --attention-dropout 0, and the model's flags in place of --use-checkpoint-args, "
+        "which brings the checkpoint's dropout back",
     ),
     Refusal(
         "--window-size, or --softmax-type other than vanilla",

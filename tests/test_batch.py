@@ -28,7 +28,8 @@ def rows(micro_batch_size: int = 2) -> dict[str, torch.Tensor]:
         elif name == "padding_mask":
             collated[name] = torch.rand(shape, generator=generator) < 0.5
         else:
-            collated[name] = torch.randint(0, 2**31 - 1, shape, generator=generator)
+            largest = 2**24 if name == "turn_num" else 2**31 - 1
+            collated[name] = torch.randint(0, largest, shape, generator=generator)
     for name in ("cu_seqlens", "turn_index"):
         collated[name] = collated[name].int()
     return collated
@@ -88,3 +89,10 @@ def batch_of(length: int) -> Batch:
         name: torch.arange(1, 1 + math.prod(shape)).view(shape) for name, shape in shapes.items()
     }
     return unflatten_rows(flatten_rows(sent, shapes), shapes)
+
+
+def test_counts_beyond_megatrons_divisor_are_refused() -> None:
+    sent = rows()
+    sent["turn_num"] = torch.tensor([[2**30], [2**30]])
+    with pytest.raises(DatasetError, match=r"'turn_num' adds up to 2,147,483,648.*coarser unit"):
+        flatten_rows(sent, batch_shapes(SHAPE, 2))

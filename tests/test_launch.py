@@ -73,10 +73,18 @@ def test_shellcheck(repository: Path) -> None:
 
 
 def test_torchrun_on_one_node(repository: Path) -> None:
-    words = dry_run(repository, "--lr", "1e-5", NPROC_PER_NODE="8", TENSOR_PARALLEL="4")
+    words = dry_run(
+        repository,
+        *("--lr", "1e-5"),
+        NPROC_PER_NODE="8",
+        TENSOR_PARALLEL="4",
+        CONTEXT_PARALLEL="2",
+    )
     assert values_of(words, "--nproc-per-node") == ["8"]
     assert values_of(words, "--standalone") == ["-m", "megatron_multiturn"]
     assert values_of(words, "--tensor-model-parallel-size") == ["4"]
+    assert values_of(words, "--context-parallel-size") == ["2"]
+    assert "--sequence-parallel" in words
     assert values_of(words, "--data-path") == ["0.3", "a", "0.7", "b"]
     assert values_of(words, "--tokenizer-model") == ["my tokenizer"]
     assert values_of(words, "--load") == values_of(words, "--save") == ["saved"]
@@ -93,6 +101,7 @@ def test_torchrun_on_many_nodes(repository: Path) -> None:
         assert values_of(words, flag) == [value]
     assert values_of(words, "--master-port") == ["2345", "-m", "megatron_multiturn"]
     assert "--standalone" not in words
+    assert "--sequence-parallel" not in words, "it is for tensor parallel ranks"
 
 
 def test_torchrun_with_a_checkout(repository: Path) -> None:

@@ -19,9 +19,12 @@ ORDER = (
     *("index_file", "manifest", "store"),
     # dataset -> rows -> training
     *("cutting", "windows", "packing", "averages", "samples", "plan_cache", "dataset"),
-    *("batch", "attention", "loss", "provider", "forward", "refusals", "arguments"),
+    *("batch", "attention", "layer_spec", "loss", "moe", "mtp", "provider", "forward"),
+    *("refusals", "arguments"),
     *("cpu", "recording", "__main__"),
     # commands
+    *("selfcheck_flags", "selfcheck_hooks", "selfcheck_ranks", "selfcheck_report"),
+    *("selfcheck_reference", "selfcheck_job", "selfcheck"),
     *("tokenizer_flags", "pipeline", "preprocess"),
     *("decoding", "row_view", "dataset_statistics", "inspection"),
     *("demo_corpus", "demo_report", "demo"),

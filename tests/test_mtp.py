@@ -36,6 +36,19 @@ def test_one_row_as_megatron_shifts_it(row: int) -> None:
     assert torch.equal(our_sum, their_sum)
 
 
+@pytest.mark.parametrize("weights", [[1 / 4] * 4, [1.0, 0, 0, 0], [3.0, 1, 0, 0]])
+def test_the_weights_that_are_left_are_never_scaled_down(weights: list[float]) -> None:
+    """Megatron divides the loss by their sum or by 1: either way it must be a mean."""
+    rolled, total = roll_within_pieces(
+        torch.tensor([[*weights, 0.0, 0.0, 0.0]]),
+        rows(torch.tensor([[0, 4, 7]], dtype=torch.int32)),
+    )
+    left = sum(weights[1:])
+    assert float(total) == pytest.approx(max(left, 1.0) if left else 0.0)
+    shares = (rolled / total.clamp(min=1)).tolist()[0]
+    assert shares == pytest.approx([w / left if left else 0.0 for w in [*weights[1:], 0, 0, 0, 0]])
+
+
 def test_a_mask_of_padding_stays() -> None:
     mask = torch.tensor([[False] * 5 + [True] * 2, [False] * 7])
     assert torch.equal(roll_within_pieces(mask, rows())[0], mask)

@@ -147,6 +147,7 @@ ACCEPTED = {
     "experts without losses": "--num-experts 8 --moe-router-load-balancing-type none",
     "multi-token prediction": "--mtp-num-layers 2 --mtp-use-repeated-layer --mtp-detach-heads",
     "iterations to skip": "--iterations-to-skip 3 4",
+    "batches that grow": "--step-batch-size-schedule 0:128,1M:256 --train-samples 4096",
     "a batch that fits": "--decrease-batch-size-if-needed --global-batch-size 256",
     "weight shards without evaluation": "--tensor-parallel-num-weight-shards 2 --eval-iters 0",
     "fp16": "--fp16",

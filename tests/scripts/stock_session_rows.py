@@ -8,7 +8,6 @@ pretrain_and_record records. STOCK_WEIGHTS says what the mean of a row is over: 
 import os
 from functools import partial
 
-import torch
 from megatron.core.enums import ModelType
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args, pretrain
