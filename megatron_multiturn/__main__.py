@@ -9,6 +9,7 @@ import argparse
 import os
 import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from megatron_multiturn.errors import ConfigError, MultiTurnError
 def main(argv: list[str] | None = None) -> None:
     """Train; exits with status 1 and a message for an error that the user can put right."""
     try:
-        _run(sys.argv[1:] if argv is None else argv)
+        run(sys.argv[1:] if argv is None else argv)
     except MultiTurnError as error:
         # What is wrong with the flags is wrong on every rank; one of them says so.
         rank = int(os.environ.get("RANK", "0"))
@@ -40,7 +41,11 @@ def split_script(argv: list[str]) -> tuple[Path | None, list[str]]:
     return script, argv[1:]
 
 
-def _run(argv: list[str]) -> None:
+def run(argv: list[str], *, after_hooks: Callable[[bool], None] | None = None) -> None:
+    """What `main` does, with errors raised.
+
+    after_hooks: called with whether there is no GPU, when Megatron is hooked and not yet begun.
+    """
     script, flags = split_script(argv)
     if script is not None:
         # Its checkout comes first: megatron and the script's own modules are found there.
@@ -56,6 +61,8 @@ def _run(argv: list[str]) -> None:
     if on_cpu:
         cpu.install()
     _hook_megatron(on_cpu=on_cpu, has_script=script is not None)
+    if after_hooks is not None:
+        after_hooks(on_cpu)
     if script is not None:
         runpy.run_path(str(script), run_name="__main__")
     else:

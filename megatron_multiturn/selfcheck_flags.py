@@ -8,6 +8,8 @@ import argparse
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
+from megatron_multiturn.errors import ConfigError
+
 # Written, logged or scheduled by a training run, and of no matter to one forward and backward.
 _NEEDLESS = (
     *("save*", "non_persistent_*", "async_save", "async_strategy", "ckpt_convert_*"),
@@ -65,7 +67,18 @@ def prepare_both(
 
     dtype: "float32", or "given" for what the flags say.
     """
+    from megatron_multiturn.megatron_compat import scheduled_batch_sizes  # after cpu.install
+
+    if getattr(args, "use_megatron_fsdp", False):
+        raise ConfigError(
+            "--use-megatron-fsdp: its parameters have no names that hold on every layout, so they "
+            "cannot be compared; check the job with --use-distributed-optimizer in its place"
+        )
     notices = []
+    sizes = scheduled_batch_sizes(args)
+    if sizes:
+        args.step_batch_size_schedule, args.global_batch_size = None, max(sizes)
+        notices.append(f"in batches of {max(sizes)} rows, the largest that are scheduled")
     given = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
     if dtype == "float32":
         _reset(args, parser, _LOW_PRECISION)

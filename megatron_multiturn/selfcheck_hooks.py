@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from megatron_multiturn import __main__ as runner
+from megatron_multiturn.__main__ import run
 from megatron_multiturn.errors import ConfigError
 
 Namespace = argparse.Namespace
@@ -38,15 +38,12 @@ def run_hooked(job: Job, arguments: Sequence[str]) -> None:
     arguments: as of `python -m megatron_multiturn`. Ends by what the job raises; raises
     ConfigError if the training ends before.
     """
-    hook_megatron = runner._hook_megatron
 
-    def hook_both(**settings: Any) -> None:
-        hook_megatron(**settings)
-        _hook_flags(job, on_cpu=settings["on_cpu"])
+    def hook(on_cpu: bool) -> None:
+        _hook_flags(job, on_cpu=on_cpu)
         _hook_training(job)
 
-    runner._hook_megatron = hook_both
-    runner._run(list(arguments))
+    run(list(arguments), after_hooks=hook)
     raise ConfigError(
         "the training ended before the batches that were asked for; the script must call "
         "Megatron's pretrain, with training to be done"

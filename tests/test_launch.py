@@ -256,7 +256,8 @@ def test_readme_names_every_flag_of_ours(repository: Path) -> None:
     from megatron_multiturn.averages import LOSS_AVERAGES
 
     readme = (repository / "README.md").read_text(encoding="utf-8")
-    described = set(re.findall(r"^\| `(--[\w-]+)` \| ", readme, re.MULTILINE))
+    training = readme[readme.index("## Training") : readme.index("### Launching")]
+    described = set(re.findall(r"^\| `(--[\w-]+)` \| ", training, re.MULTILINE))
     parser = add_multiturn_args(argparse.ArgumentParser(add_help=False))
     flags = {action.option_strings[0]: action.default for action in parser._actions}
     assert described - {"--loss-average"} == set(flags) - {"--loss-average"}
@@ -267,10 +268,30 @@ def test_readme_names_every_flag_of_ours(repository: Path) -> None:
         assert re.search(rf"^\| `{average}`.* \|$", readme, re.MULTILINE)
 
 
+def test_readme_names_every_flag_of_the_selfcheck(repository: Path) -> None:
+    from megatron_multiturn.selfcheck import parse
+
+    readme = (repository / "README.md").read_text(encoding="utf-8")
+    described = set(re.findall(r"^\| `--(check-[\w-]+)` \| ", readme, re.MULTILINE))
+    options, _ = parse([])
+    assert described == {name.replace("_", "-") for name in vars(options)}
+
+
+def test_readme_names_every_refusal(repository: Path) -> None:
+    from megatron_multiturn.refusals import REFUSALS
+
+    readme = (repository / "README.md").read_text(encoding="utf-8")
+    table = readme[readme.index("## Refused") : readme.index("## Limits")]
+    assert len(REFUSALS) > 25
+    for refusal in REFUSALS:
+        for flag in re.findall(r"--[\w-]+", refusal.setting):
+            assert f"`{flag}" in table, flag
+
+
 def test_readme_names_modules_and_scripts_that_exist(repository: Path) -> None:
     readme = (repository / "README.md").read_text(encoding="utf-8")
     _, _, after_picture = readme[readme.index("## How it works") :].split("```")
-    named = set(re.findall(r"`(\w+)`", after_picture[: after_picture.index("## Limits")]))
+    named = set(re.findall(r"`(\w+)`", after_picture[: after_picture.index("## Refused")]))
     modules = {path.stem for path in (repository / "megatron_multiturn").glob("*.py")}
     assert len(named) > 5
     assert named <= modules
