@@ -112,10 +112,10 @@ def _routing_padding(batch: Batch, model: Any, args: argparse.Namespace) -> Tens
 
 
 def _share_of_global_batch(model: Any, args: argparse.Namespace, *, device: Any) -> Tensor:
-    """What this micro-batch is of a global batch; float32 scalar. One rank of CP counts it."""
+    """What this micro-batch is of a global batch; float64 scalar. One rank of CP counts it."""
     if model.training:
         num_micro_batches = megatron.num_micro_batches() * megatron.data_parallel_size()
     else:
         num_micro_batches = args.eval_global_batch_size // args.eval_micro_batch_size
     share = 0.0 if megatron.context_parallel_group().rank() else 1 / num_micro_batches
-    return torch.full((), share, device=device)
+    return torch.full((), share, dtype=torch.float64, device=device)

@@ -57,15 +57,17 @@ def turn_report(
     """What the log shows of the turns, whatever the average: (sum, count) pairs as above.
 
     losses, turn_token_num: float32 (b, s); turn_index: int (b, s), as the rows emit them.
-    batch_share: float32 scalar, this micro-batch's share of the global batch; adds up to 1.
+    batch_share: float64 scalar, this micro-batch's share of the global batch; adds up to 1.
 
-    `turns` and `target tokens` are numbers in a global batch; a turn that is cut over rows is
-    one in each. `turn K loss`, K from 1 to `num_turn_indices`, is the mean over the K-th turns
-    of all sessions of each turn's mean; NaN where a global batch has no such turn.
+    `turns` and `target tokens` are numbers in a global batch, in float64, so that thirds of a turn
+    add up to whole ones; a turn that is cut over rows is one in each. `turn K loss`, K from 1 to
+    `num_turn_indices`, is the mean over the K-th turns of all sessions of each turn's mean; NaN
+    where a global batch has no such turn.
     """
     is_target = turn_index > 0
     share = torch.where(is_target, 1 / turn_token_num, 0.0)  # adds up to 1 over a turn
-    numbers = (share.sum(), is_target.sum(dtype=torch.float32))
+    turns = torch.where(is_target, 1 / turn_token_num.double(), 0.0).sum()
+    numbers = (turns, is_target.sum(dtype=torch.float64))
     report = {
         name: torch.stack([number, batch_share])
         for name, number in zip(COUNTS, numbers, strict=True)

@@ -5,7 +5,6 @@ ranks, one process each, from a server that has imported Megatron already: a job
 two seconds where torchrun takes fifteen.
 """
 
-import atexit
 import json
 import multiprocessing
 import os
@@ -188,7 +187,6 @@ def _run_rank(arguments: list[str], env: dict[str, str], log: Path) -> None:
     from megatron_multiturn.__main__ import main
 
     main(arguments)
-    atexit._run_exitfuncs()  # processes of multiprocessing leave without; TensorBoard writes then
 
 
 def read_record(folder: Path, train_iters: int) -> JobResult:

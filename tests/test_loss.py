@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_multiturn.loss import loss_func
+from megatron_multiturn.loss import loss_func, turn_report
 
 # Two rows: turns of 3, 2 and 3 target tokens in the first, one of 1 in the second.
 LOSS_TOKEN_NUM = torch.tensor(
@@ -81,3 +81,38 @@ def test_bfloat16_losses_are_summed_in_float32() -> None:
     loss, _, _ = loss_func(ones, ones, torch.tensor([[4096]]), values)
     assert loss.dtype == torch.float32
     assert float(loss) == 4096.0
+
+
+def test_turns_are_whole_numbers_however_they_are_cut() -> None:
+    """Nine turns of seven targets: sevenths in every micro-batch, of which there are seven."""
+    index = torch.ones(7, 9, dtype=torch.int32)
+    lengths = torch.full((7, 9), 7.0)
+    share = torch.tensor(1 / 7, dtype=torch.float64)
+    parts = [
+        turn_report(torch.ones(1, 9), index[i : i + 1], lengths[i : i + 1], batch_share=share)
+        for i in range(7)
+    ]
+    total, count = sum(part["turns"] for part in parts)  # type: ignore[misc]
+    assert float((total / count).float()) == 9.0
+    targets, count = sum(part["target tokens"] for part in parts)  # type: ignore[misc]
+    assert float((targets / count).float()) == 63.0
+
+
+def test_the_loss_of_each_turn_of_a_session() -> None:
+    values = losses()
+    index = torch.tensor([[0, 0, 1, 1, 1, 0, 2, 2, 0, 0, 1, 1, 1, 0, 0], [0] * 14 + [2]])
+    report = turn_report(
+        values,
+        index,
+        LOSS_TOKEN_NUM,
+        batch_share=torch.tensor(1.0, dtype=torch.float64),
+        num_turn_indices=3,
+    )
+    v = values.double().numpy()
+    means = {1: [v[0, 2:5].mean(), v[0, 10:13].mean()], 2: [v[0, 6:8].mean(), v[1, 14]]}
+    for turn, expected in means.items():
+        total, count = report[f"turn {turn} loss"].tolist()
+        assert count == pytest.approx(2)
+        assert total / count == pytest.approx(float(np.mean(expected)), rel=1e-6)
+    assert report["turn 3 loss"].tolist() == [0.0, 0.0]
+    assert report["turns"].tolist() == pytest.approx([4.0, 1.0], rel=1e-12)
