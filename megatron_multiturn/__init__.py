@@ -34,8 +34,8 @@ The way of the data; each module imports only modules above it:
             forward.py     forward_step, the function that Megatron calls
 
 `python -m megatron_multiturn [SCRIPT.py]` runs all this inside Megatron's own `pretrain`.
-`errors`, `modes` and `megatron_compat` are leaves that any module may import. Importing this
-package imports nothing else.
+`errors`, `modes`, `megatron_compat` and `megatron_hooks` are leaves that any module may import.
+Importing this package imports nothing else.
 """
 
 from megatron_multiturn._version import __version__

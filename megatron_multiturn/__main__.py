@@ -84,7 +84,7 @@ def _print_help() -> None:
 
 
 def _hook_megatron(*, on_cpu: bool, has_script: bool) -> None:
-    from megatron_multiturn import megatron_compat
+    from megatron_multiturn import megatron_compat, megatron_hooks
     from megatron_multiturn.arguments import add_multiturn_args, prepare_args
     from megatron_multiturn.layer_spec import adapt_mtp_spec
     from megatron_multiturn.loss import COUNTS
@@ -118,11 +118,11 @@ def _hook_megatron(*, on_cpu: bool, has_script: bool) -> None:
         if megatron_compat.get_args().dataset_provider != "megatron":
             adapt_mtp_spec(block, transformer_impl)
 
-    megatron_compat.skip_needless_compilation()
-    megatron_compat.hook_arguments(add_multiturn_args, prepare)
-    megatron_compat.hook_pretrain(replacements)
-    megatron_compat.hook_mtp(adapt_mtp, roll_within_pieces)
-    megatron_compat.hook_evaluation_report(COUNTS)
+    megatron_hooks.skip_needless_compilation()
+    megatron_hooks.hook_arguments(add_multiturn_args, prepare)
+    megatron_hooks.hook_pretrain(replacements)
+    megatron_hooks.hook_mtp(adapt_mtp, roll_within_pieces)
+    megatron_hooks.hook_evaluation_report(COUNTS)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def _hook_flags(job: Job, *, on_cpu: bool) -> None:
     """
     from megatron.training import arguments
 
-    from megatron_multiturn import megatron_compat
+    from megatron_multiturn import megatron_hooks
 
     parsers: list[argparse.ArgumentParser] = []
 
@@ -68,7 +68,7 @@ def _hook_flags(job: Job, *, on_cpu: bool) -> None:
     def prepare(args: Namespace) -> None:
         job.prepare(args, parsers[-1], on_cpu=on_cpu)
 
-    megatron_compat.hook_arguments(keep_parser, prepare)
+    megatron_hooks.hook_arguments(keep_parser, prepare)
     validate_args = arguments.validate_args
 
     def validate_and_finish(parsed: Namespace, *args: Any, **kwargs: Any) -> Any:

@@ -144,7 +144,7 @@ class ReferenceJob:
         selfcheck_flags.prepare_one_rank(args, parser, global_batch_size=batch_size)
 
     def finish_args(self, args: Namespace) -> None:
-        from megatron_multiturn import megatron_compat
+        from megatron_multiturn import megatron_hooks
         from megatron_multiturn.selfcheck_reference import (
             LAYER_SPEC,
             adapt_mtp_spec,
@@ -153,7 +153,7 @@ class ReferenceJob:
 
         args.spec = LAYER_SPEC
         args.calculate_per_token_loss = False
-        megatron_compat.hook_mtp(adapt_mtp_spec, roll_within_pieces)
+        megatron_hooks.hook_mtp(adapt_mtp_spec, roll_within_pieces)
 
     def begin(self, model: Any, optimizer: Any) -> None:
         from megatron_multiturn.selfcheck_reference import ReferenceStep

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scripts.recorded_tensors import whole_tensors
+
+from megatron_multiturn.recording import whole_tensors
 
 _PRELOADED = ["megatron.training", "megatron.core.tokenizers.text", "megatron_multiturn.forward"]
 
@@ -229,6 +230,24 @@ def make_dataset(
     command = ["--input", str(folder / "sessions.jsonl"), "--output-prefix", str(folder / "data")]
     assert main([*command, *tokenizer, "--template", "firefly", "--workers", "1"]) == 0
     return [*tokenizer, "--data-path", str(folder / "data")]
+
+
+_WORDS = "red green blue one two three four five cat dog bird fish".split()
+
+
+def word_sessions(turn_lengths: Sequence[Sequence[int]]) -> list[dict[str, object]]:
+    """A session for each item: a one-word question and an answer of so many words a turn."""
+    made: list[dict[str, object]] = []
+    for index, lengths in enumerate(turn_lengths):
+        messages = []
+        for turn, length in enumerate(lengths):
+            answer = " ".join(_WORDS[(5 * index + 3 * turn + k) % 12] for k in range(length))
+            messages += [
+                {"role": "user", "content": _WORDS[(index + turn) % 12]},
+                {"role": "assistant", "content": answer},
+            ]
+        made.append({"messages": messages})
+    return made
 
 
 def train_sentencepiece(

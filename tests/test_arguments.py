@@ -44,7 +44,7 @@ def test_what_a_checkpoint_brings_is_checked_too(monkeypatch: pytest.MonkeyPatch
     """Megatron takes over a checkpoint's arguments between parsing and validation."""
     from megatron.training import arguments
 
-    from megatron_multiturn.megatron_compat import hook_arguments
+    from megatron_multiturn.megatron_hooks import hook_arguments
 
     for name in ("parse_args", "validate_args"):
         monkeypatch.setattr(arguments, name, getattr(arguments, name))

@@ -18,6 +18,7 @@ from megatron_jobs import (
     relative_difference,
     train_and_record,
     train_sentencepiece,
+    word_sessions,
 )
 
 STEPS = 2
@@ -49,19 +50,9 @@ MODELS = {
 
 def sessions() -> list[dict[str, object]]:
     """Three turns each, in another order of lengths."""
-    words = "red green blue one two three four five cat dog bird fish".split()
-    made: list[dict[str, object]] = []
-    for index in range(NUM_SESSIONS):
-        messages = []
-        for turn in range(3):
-            length = TURN_LENGTHS[(index + turn) % 3]
-            answer = " ".join(words[(5 * index + 3 * turn + k) % 12] for k in range(length))
-            messages += [
-                {"role": "user", "content": words[(index + turn) % 12]},
-                {"role": "assistant", "content": answer},
-            ]
-        made.append({"messages": messages})
-    return made
+    return word_sessions(
+        [[TURN_LENGTHS[(index + turn) % 3] for turn in range(3)] for index in range(NUM_SESSIONS)]
+    )
 
 
 @pytest.fixture(scope="module")

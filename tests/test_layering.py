@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "megatron_multiturn"
 
 # Any module may import these.
-LEAVES = ("_version", "errors", "modes", "megatron_compat")
+LEAVES = ("_version", "errors", "modes", "megatron_compat", "megatron_hooks")
 
 # A module may import only those named before it.
 ORDER = (

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from megatron_jobs import make_dataset, train_and_record, train_sentencepiece
+from megatron_jobs import make_dataset, train_and_record, train_sentencepiece, word_sessions
 
 STEPS, GLOBAL_BATCH_SIZE, NUM_TURN_INDICES = 2, 4, 6
 SPLIT = "70,30,0"
@@ -30,19 +30,9 @@ LAYOUTS = {
 
 def sessions() -> list[dict[str, object]]:
     """40 sessions of 1 to 5 turns, of 1 to 7 words each."""
-    words = "red green blue one two three four five cat dog bird fish".split()
-    made: list[dict[str, object]] = []
-    for index in range(40):
-        messages = []
-        for turn in range(1 + index % 5):
-            length = 1 + (index + 3 * turn) % 7
-            answer = " ".join(words[(index + 5 * turn + k) % 12] for k in range(length))
-            messages += [
-                {"role": "user", "content": words[(index + turn) % 12]},
-                {"role": "assistant", "content": answer},
-            ]
-        made.append({"messages": messages})
-    return made
+    return word_sessions(
+        [[1 + (index + 3 * turn) % 7 for turn in range(1 + index % 5)] for index in range(40)]
+    )
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,147 @@
+"""The patches of Megatron that training needs, each with the reason why there is no other way.
+
+They replace functions in Megatron's modules for the rest of the process. Only the runner and the
+selfcheck call them.
+"""
+
+import argparse
+import functools
+import importlib
+import inspect
+import os
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from megatron_multiturn.errors import ConfigError
+
+ArgsHook = Callable[[argparse.Namespace], None]
+ParserHook = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
+
+
+def skip_needless_compilation() -> None:
+    """Let `pretrain` start where the dataset helpers are compiled and cannot be built.
+
+    The wheel brings the compiled helpers and no Makefile; `compile_helpers` would end the
+    process. It is replaced only then: a checkout goes on building its own.
+    """
+    from megatron.core.datasets import utils
+
+    if os.path.exists(os.path.join(os.path.dirname(utils.__file__), "Makefile")):
+        return
+    try:
+        importlib.import_module("megatron.core.datasets.helpers_cpp")
+    except ImportError as error:
+        raise ConfigError(
+            f"Megatron's dataset helpers are not compiled ({error}), and the installed Megatron "
+            "has no Makefile to build them; install the megatron-core wheel for this Python, or "
+            "run with the pretrain_gpt.py of a checkout"
+        ) from error
+    utils.compile_helpers = lambda: None
+
+
+def hook_arguments(add_args: ParserHook, prepare: ArgsHook) -> None:
+    """Let Megatron's parser know our flags, and `prepare` see the arguments before validation.
+
+    Patches `parse_args` and `validate_args` of `megatron.training.arguments`: scripts parse by
+    functions of that module which offer a caller no other way in. In between Megatron may take
+    over arguments of a checkpoint. A YAML configuration is validated elsewhere, so `prepare`
+    sees it at once.
+    """
+    from megatron.training import arguments
+
+    parse_args, validate_args = arguments.parse_args, arguments.validate_args
+
+    @functools.wraps(parse_args)
+    def parse_args_with_ours(
+        extra_args_provider: ParserHook | None = None, *args: Any, **kwargs: Any
+    ) -> argparse.Namespace:
+        def provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+            parser = add_args(parser)
+            return extra_args_provider(parser) if extra_args_provider else parser
+
+        parsed = parse_args(provider, *args, **kwargs)
+        if parsed.yaml_cfg is not None:
+            prepare(parsed)
+        return parsed
+
+    @functools.wraps(validate_args)
+    def validate_prepared_args(parsed: argparse.Namespace, *args: Any, **kwargs: Any) -> Any:
+        prepare(parsed)
+        return validate_args(parsed, *args, **kwargs)
+
+    arguments.parse_args = parse_args_with_ours
+    arguments.validate_args = validate_prepared_args
+
+
+def hook_pretrain(replacements: Callable[[], dict[str, Any]]) -> None:
+    """Hand `pretrain` our arguments by parameter name, whatever its signature in this version.
+
+    replacements: called when the script calls `pretrain`, with arguments parsed; the values
+        take the place of the script's.
+    """
+    from megatron import training
+
+    pretrain = training.pretrain
+
+    @functools.wraps(pretrain)
+    def pretrain_with_ours(*args: Any, **kwargs: Any) -> Any:
+        bound = inspect.signature(pretrain).bind(*args, **kwargs)
+        bound.arguments.update(replacements())
+        return pretrain(*bound.args, **bound.kwargs)
+
+    training.pretrain = training.training.pretrain = pretrain_with_ours
+
+
+def hook_mtp(adapt_spec: Callable[[Any, str], None], roll: Callable[..., Any]) -> None:
+    """Let multi-token prediction keep pieces apart.
+
+    adapt_spec: changes the spec of its layers in place; called with it and `transformer_impl`.
+    roll: takes the place of Megatron's shift by one position, called with a tensor and the
+        `packed_seq_params` of a forward step, where these are ours (`piece_boundaries`).
+
+    Patches two functions: `--spec` does not reach these layers, and the shift for packed rows
+    takes one row and synchronizes once a piece.
+    """
+    from megatron.core.models.gpt import gpt_layer_specs
+    from megatron.core.transformer import multi_token_prediction
+
+    get_spec, roll_tensor = (
+        gpt_layer_specs.get_gpt_mtp_block_spec,
+        multi_token_prediction.roll_tensor,
+    )
+
+    @functools.wraps(get_spec)
+    def get_adapted_spec(config: Any, *args: Any, **kwargs: Any) -> Any:
+        block = get_spec(config, *args, **kwargs)
+        if block is not None:
+            adapt_spec(block, config.transformer_impl)
+        return block
+
+    @functools.wraps(roll_tensor)
+    def roll_packed(
+        tensor: Any, *args: Any, packed_seq_params: Any = None, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        if tensor is not None and hasattr(packed_seq_params, "piece_boundaries"):
+            return roll(tensor, packed_seq_params)
+        return roll_tensor(tensor, *args, packed_seq_params=packed_seq_params, **kwargs)
+
+    gpt_layer_specs.get_gpt_mtp_block_spec = get_adapted_spec
+    multi_token_prediction.roll_tensor = roll_packed
+
+
+def hook_evaluation_report(names: Sequence[str]) -> None:
+    """Leave the perplexities of `names`, which are counts, out of the line on an evaluation.
+
+    Patches how the line is printed: Megatron takes every reported value for a loss.
+    """
+    from megatron import training
+
+    print_rank_last = training.training.print_rank_last
+    perplexity = re.compile(rf" (?:{'|'.join(map(re.escape, names))}) PPL: \S+ \|")
+
+    @functools.wraps(print_rank_last)
+    def print_without(message: str) -> None:
+        print_rank_last(perplexity.sub("", message))
+
+    training.training.print_rank_last = print_without
