@@ -106,6 +106,8 @@ def _hook_megatron(*, on_cpu: bool, has_script: bool) -> None:
         args = megatron_compat.get_args()
         if args.dataset_provider == "megatron":
             return {}
+        if not on_cpu:
+            megatron_hooks.compile_rotary_embedding()
         from megatron_multiturn.forward import forward_step
         from megatron_multiturn.provider import select_provider
 
@@ -115,8 +117,9 @@ def _hook_megatron(*, on_cpu: bool, has_script: bool) -> None:
         }
 
     def adapt_mtp(block: Any, transformer_impl: str) -> None:
-        if megatron_compat.get_args().dataset_provider != "megatron":
-            adapt_mtp_spec(block, transformer_impl)
+        args = megatron_compat.get_args()
+        if args.dataset_provider != "megatron":
+            adapt_mtp_spec(block, transformer_impl, args.packed_attention)
 
     megatron_hooks.skip_needless_compilation()
     megatron_hooks.hook_arguments(add_multiturn_args, prepare)

@@ -3,13 +3,15 @@
 import argparse
 import importlib.util
 
+from megatron_multiturn.errors import ConfigError
 from megatron_multiturn.refusals import check_args
 from megatron_multiturn.samples import LOSS_AVERAGES
 from megatron_multiturn.windows import LONG_SESSION_POLICIES
 
 _EVAL_INTERVAL = 1000
 
-PACKED_LAYER_SPEC = ["megatron_multiturn.layer_spec", "packed_layer_spec"]
+_LAYER_SPECS = "megatron_multiturn.layer_spec"
+PACKED_ATTENTION = ("auto", "te", "torch")
 
 
 def add_multiturn_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -50,6 +52,14 @@ def add_multiturn_args(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         help="how much of a later window may repeat earlier messages as context (default: 0.25)",
     )
     group.add_argument(
+        "--packed-attention",
+        choices=PACKED_ATTENTION,
+        default="auto",
+        help="the kernels that keep pieces apart. torch: PyTorch's variable-length flash "
+        "attention. te: Transformer Engine's, with its own context parallelism. auto: for each "
+        "micro-batch the faster of the two (default)",
+    )
+    group.add_argument(
         "--log-turn-index",
         type=int,
         default=0,
@@ -62,6 +72,7 @@ def add_multiturn_args(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
 def prepare_args(args: argparse.Namespace, *, on_cpu: bool) -> list[str]:
     """Fit parsed arguments to the plugin and to the machine, in place.
 
+    Sets `piece_multiple`, of which every piece's positions must be a multiple, beside the flags.
     Must run right before Megatron's own validation, when the arguments of a checkpoint
     (--use-checkpoint-args) have taken their places. Returns a line for each thing that was changed,
     to be shown to the user. Raises ConfigError for what cannot be trained truthfully.
@@ -72,12 +83,39 @@ def prepare_args(args: argparse.Namespace, *, on_cpu: bool) -> list[str]:
         args.eval_interval = _EVAL_INTERVAL
         notices.append(f"no --eval-interval: {_EVAL_INTERVAL:,} steps")
     if args.dataset_provider != "megatron":
+        notices += _fit_kernels(args, on_cpu=on_cpu)
         check_args(args)
+        # With its own context parallelism, Transformer Engine's ranks share every piece.
+        shared = args.packed_attention == "te" and args.context_parallel_size > 1
+        args.piece_multiple = 2 * args.context_parallel_size if shared else 1
         notices += _fit_evaluation(args)
         args.calculate_per_token_loss = True
         args.create_attention_mask_in_dataloader = False
-        args.spec = PACKED_LAYER_SPEC
+        args.spec = layer_spec(args.packed_attention)
     return notices
+
+
+def layer_spec(packed_attention: str) -> list[str]:
+    """What `--spec` must be for `--packed-attention`: a module and a function of it."""
+    return [_LAYER_SPECS, f"{packed_attention}_layer_spec"]
+
+
+def _fit_kernels(args: argparse.Namespace, *, on_cpu: bool) -> list[str]:
+    """Settle on kernels that run here, in place."""
+    has_te = not on_cpu and _has_module("transformer_engine")
+    if args.packed_attention == "te" and not has_te:
+        raise ConfigError(
+            "--packed-attention te needs a GPU and Transformer Engine, which is not installed or "
+            "cannot be used here; pass --packed-attention auto"
+        )
+    if args.packed_attention == "auto" and not (has_te and (args.bf16 or args.fp16)):
+        args.packed_attention = "torch"
+    fusible = args.bf16 and not on_cpu and not args.deterministic_mode
+    if args.transformer_impl == "local" and fusible and not args.cross_entropy_loss_fusion:
+        # In bf16 the two give the same gradient; Megatron's fused one gives bf16 in any case.
+        args.cross_entropy_loss_fusion = True
+        return ["--cross-entropy-loss-fusion is turned on"]
+    return []
 
 
 def _fit_evaluation(args: argparse.Namespace) -> list[str]:

@@ -33,9 +33,10 @@ def forward_step(
     timers("batch-generator", log_level=2).start()
     batch = _next_batch(data_iterator, model, args)
     boundaries = packed_rows(
-        batch.cu_seqlens,
+        batch.boundaries,
         sequence_length=row_shape().sequence_length,
-        dtype=args.params_dtype,
+        device=batch.tokens.device,
+        cuts_pieces=args.piece_multiple > 1,
     )
     timers("batch-generator").stop()
     output = model(
@@ -82,11 +83,17 @@ def _next_batch(
         row_shape(),
         args.micro_batch_size if model.training else args.eval_micro_batch_size,
         tp_group=megatron.tensor_parallel_group(),
+        host_group=megatron.tensor_parallel_host_group(),
         tp_source_rank=megatron.tensor_parallel_source_rank(),
         device=torch.cuda.current_device(),
     )
     cp_group = megatron.context_parallel_group()
-    return keep_positions_of_rank(batch, cp_rank=cp_group.rank(), cp_size=cp_group.size())
+    return keep_positions_of_rank(
+        batch,
+        cp_rank=cp_group.rank(),
+        cp_size=cp_group.size(),
+        cuts_pieces=args.piece_multiple > 1,
+    )
 
 
 def _next_rows(

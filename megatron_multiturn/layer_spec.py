@@ -1,11 +1,12 @@
 """Megatron's own layers with packed attention in them, and norms that know sequence parallelism.
 
-Installed by `--spec megatron_multiturn.layer_spec packed_layer_spec`.
+Installed by `--spec megatron_multiturn.layer_spec FUNCTION`, one of the three at the end.
 """
 
 from typing import Any
 
 import torch
+from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_multiturn import megatron_compat as megatron
 from megatron_multiturn.attention import PackedAttention
@@ -35,28 +36,31 @@ class PackedNorm:
         return norm
 
 
-def packed_layer_spec(model_config: Any, vp_stage: int | None = None) -> Any:
-    """The spec of this pipeline stage's layers for Megatron's `GPTModelConfig`."""
+def packed_layer_spec(model_config: Any, vp_stage: int | None = None, *, kernels: str) -> Any:
+    """The spec of this pipeline stage's layers for Megatron's `GPTModelConfig`.
+
+    kernels: of attention, see `PackedAttention`.
+    """
     block = megatron.default_block_spec(model_config, vp_stage)
     for layer in block.layer_specs:
-        _keep_pieces_apart(layer, model_config.transformer_impl)
+        _keep_pieces_apart(layer, model_config.transformer_impl, kernels)
     if model_config.transformer_impl == "local":
         block.layer_norm = PackedNorm
     return block
 
 
-def adapt_mtp_spec(block: Any, transformer_impl: str) -> None:
+def adapt_mtp_spec(block: Any, transformer_impl: str, kernels: str) -> None:
     """The same, in place, for Megatron's spec of multi-token prediction layers."""
     for layer in block.layer_specs:
-        _keep_pieces_apart(layer.submodules.mtp_model_layer, transformer_impl)
+        _keep_pieces_apart(layer.submodules.mtp_model_layer, transformer_impl, kernels)
         if transformer_impl == "local":
             layer.submodules.enorm = layer.submodules.hnorm = PackedNorm
             layer.submodules.layer_norm = PackedNorm
 
 
-def _keep_pieces_apart(layer: Any, transformer_impl: str) -> None:
+def _keep_pieces_apart(layer: Any, transformer_impl: str, kernels: str) -> None:
     attention = layer.submodules.self_attention.submodules
-    attention.core_attention = PackedAttention
+    attention.core_attention = ModuleSpec(module=PackedAttention, params={"kernels": kernels})
     if transformer_impl == "local":
         layer.submodules.input_layernorm = PackedNorm
         layer.submodules.pre_mlp_layernorm = PackedNorm
@@ -64,3 +68,21 @@ def _keep_pieces_apart(layer: Any, transformer_impl: str) -> None:
             # Else it is the identity, or an L2 norm, which has no parameters.
             if getattr(attention, name) in megatron.local_norms():
                 setattr(attention, name, PackedNorm)
+
+
+# What `--spec` can name, which hands over no choice.
+
+
+def auto_layer_spec(model_config: Any, vp_stage: int | None = None) -> Any:
+    """`packed_layer_spec` for `--packed-attention auto`."""
+    return packed_layer_spec(model_config, vp_stage, kernels="auto")
+
+
+def te_layer_spec(model_config: Any, vp_stage: int | None = None) -> Any:
+    """`packed_layer_spec` for `--packed-attention te`."""
+    return packed_layer_spec(model_config, vp_stage, kernels="te")
+
+
+def torch_layer_spec(model_config: Any, vp_stage: int | None = None) -> Any:
+    """`packed_layer_spec` for `--packed-attention torch`."""
+    return packed_layer_spec(model_config, vp_stage, kernels="torch")

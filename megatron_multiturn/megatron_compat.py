@@ -83,6 +83,19 @@ def tensor_parallel_group() -> Any:
     return parallel_state.get_tensor_model_parallel_group()
 
 
+def tensor_parallel_host_group() -> Any:
+    """A group of the same ranks for tensors on the CPU, made at the first call, of all of them."""
+    return _host_group(tensor_parallel_group())
+
+
+@functools.cache
+def _host_group(group: Any) -> Any:
+    if group.size() == 1 or torch.distributed.get_backend(group) == "gloo":
+        return group
+    ranks = torch.distributed.get_process_group_ranks(group)
+    return torch.distributed.new_group(ranks, backend="gloo", use_local_synchronization=True)
+
+
 def tensor_parallel_source_rank() -> int:
     """The global rank of tensor parallel rank 0 of this rank's group."""
     from megatron.core import parallel_state
@@ -154,6 +167,25 @@ def routers(model: Any) -> list[Any]:
     from megatron.core.transformer.moe.router import Router
 
     return [module for module in model.modules() if isinstance(module, Router)]
+
+
+def attention_window(config: Any, layer_number: int) -> int | None:
+    """How many earlier positions a query of this layer sees; None: all."""
+    from megatron.core.transformer.utils import is_layer_window_attention
+
+    if not is_layer_window_attention(
+        config.window_size, config.window_attn_skip_freq, layer_number
+    ):
+        return None
+    left = int(config.window_size[0])
+    return None if left < 0 else left
+
+
+def te_attention_class() -> Any:
+    """Megatron's wrapper of Transformer Engine's attention; only where that is installed."""
+    from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+    return TEDotProductAttention
 
 
 def local_norms() -> tuple[type, ...]:

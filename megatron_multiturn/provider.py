@@ -88,6 +88,7 @@ def dataset_config(args: argparse.Namespace) -> MultiTurnDatasetConfig:
         long_session=args.long_session,
         session_window=args.session_window,
         window_context=args.window_context,
+        piece_multiple=args.piece_multiple,
         tokenizer_identity=tokenizer_fingerprint(megatron.get_tokenizer(), args.tokenizer_type),
     )
 

@@ -6,36 +6,12 @@ that the plugin cannot serve and that would fail only when training is under way
 """
 
 import argparse
-import math
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
+from megatron_multiturn.attention_refusals import ATTENTION_REFUSALS
 from megatron_multiturn.averages import MAX_DIVISOR_UNIT
 from megatron_multiturn.errors import ConfigError
-
-_OWN_LOSS = "remove it, or train with --dataset-provider megatron"
-
-
-class Flags:
-    """Megatron's arguments; None for those that its version does not have."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        self._values = vars(args)
-
-    def __getattr__(self, name: str) -> Any:
-        return self._values.get(name)
-
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """One line of the table. `{name}` in the texts stands for the value of that argument."""
-
-    setting: str
-    applies: Callable[[Flags], object]
-    reason: str
-    remedy: str = "remove it"
+from megatron_multiturn.refusal import OWN_LOSS, Flags, Refusal, as_set, cp_size, tp_size
 
 
 def refused(args: argparse.Namespace) -> list[Refusal]:
@@ -54,56 +30,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise ConfigError("\n".join(lines).format_map(values))
 
 
-def _is_another_model(a: Flags) -> bool:
-    patterns = (a.hybrid_layer_pattern, a.hybrid_override_pattern, a.mtp_hybrid_override_pattern)
-    configs = (a.heterogeneous_layers_config_path, a.heterogeneous_layers_config_encoded_json)
-    return any((a.experimental_attention_variant, *patterns, *configs, a.use_legacy_models))
-
-
-def _uses_cuda_graphs(a: Flags) -> bool:
-    # Megatron turns the two deprecated flags into the first when it validates the arguments.
-    deprecated = a.enable_cuda_graph or a.external_cuda_graph
-    return bool(deprecated) or a.cuda_graph_impl not in (None, "none")
-
-
-def _cp_size(a: Flags) -> int:
-    return a.context_parallel_size or 1
-
-
-def _tp_size(a: Flags) -> int:
-    return a.tensor_model_parallel_size or 1
-
-
-def _splits_heads(a: Flags) -> bool:
-    return (a.num_attention_heads or 0) // _tp_size(a) % _cp_size(a) != 0
-
-
-def _splits_groups(a: Flags) -> bool:
-    if not a.group_query_attention:
-        return False
-    # With fewer groups than tensor parallel ranks each rank computes one.
-    groups, ranks = max(1, (a.num_query_groups or 1) // _tp_size(a)), _cp_size(a)
-    return groups % ranks != 0 and ranks % groups != 0
-
-
-def _splits_rows_unevenly(a: Flags) -> bool:
-    multiple = 2 * _cp_size(a) if _cp_size(a) > 1 else 1
-    if a.sequence_parallel:
-        multiple = math.lcm(multiple, _cp_size(a) * _tp_size(a))
-    return (a.seq_length or 0) % multiple != 0
-
-
-def _as_set(value: Any) -> set[str]:
-    return {value} if isinstance(value, str) else set(value or [])
-
-
-def _cuts_rows_otherwise(a: Flags) -> bool:
-    other = a.hierarchical_context_parallel_sizes or not _as_set(a.cp_comm_type) <= {"p2p", "a2a"}
-    return bool(a.hybrid_context_parallel or (_cp_size(a) > 1 and other))
-
-
 def _routes_by_micro_batch(a: Flags) -> bool:
-    kinds = _as_set(a.moe_router_load_balancing_type)
+    kinds = as_set(a.moe_router_load_balancing_type)
     return bool(a.num_experts and kinds & {"sinkhorn", "quantile_balancing"})
 
 
@@ -115,7 +43,7 @@ def _drops_tokens(a: Flags) -> bool:
 def _batch_would_shrink(a: Flags) -> bool:
     if not (a.decrease_batch_size_if_needed and a.global_batch_size and a.micro_batch_size):
         return False
-    model_size = _tp_size(a) * (a.pipeline_model_parallel_size or 1) * _cp_size(a)
+    model_size = tp_size(a) * (a.pipeline_model_parallel_size or 1) * cp_size(a)
     rows_at_once = a.micro_batch_size * max(1, (a.world_size or 1) // model_size)
     return bool(a.global_batch_size % rows_at_once)
 
@@ -133,7 +61,7 @@ def _shards_otherwise(a: Flags) -> bool:
 
 
 def _evaluates_in_part(a: Flags) -> bool:
-    return bool(a.eval_iters) and (a.tensor_parallel_num_weight_shards or 1) > _tp_size(a)
+    return bool(a.eval_iters) and (a.tensor_parallel_num_weight_shards or 1) > tp_size(a)
 
 
 REFUSALS = (
@@ -153,13 +81,13 @@ REFUSALS = (
             or a.logits_load_dir is not None
         ),
         "reinforcement learning, quantization and distillation bring layers or losses of their own",
-        _OWN_LOSS,
+        OWN_LOSS,
     ),
     Refusal(
         "--mock-data or --fim-data",
         lambda a: a.mock_data or a.fim_data,
         "they are other datasets",
-        _OWN_LOSS,
+        OWN_LOSS,
     ),
     Refusal(
         "--reset-position-ids, --reset-attention-mask or --eod-mask-loss",
@@ -199,7 +127,7 @@ REFUSALS = (
     ),
     Refusal(
         "--iterations-to-skip with --context-parallel-size above 1",
-        lambda a: a.iterations_to_skip and _cp_size(a) > 1,
+        lambda a: a.iterations_to_skip and cp_size(a) > 1,
         "Megatron reads the rows that it skips by itself, and fails on the pieces in them",
         "remove it, or skip the iterations without context parallelism",
     ),
@@ -210,79 +138,7 @@ REFUSALS = (
         "number of ranks",
         "pass --eval-iters with enough steps for the validation rows",
     ),
-    # Attention that ignores the boundaries of pieces.
-    Refusal(
-        "--spec",
-        lambda a: a.spec is not None and not " ".join(a.spec).startswith("megatron_multiturn."),
-        "only the plugin's own layer spec is known to keep the pieces of a row apart",
-        _OWN_LOSS,
-    ),
-    Refusal(
-        "another model than GPT",
-        _is_another_model,
-        "only layers of softmax attention keep the pieces of a row apart",
-        "remove the experimental, hybrid, heterogeneous or legacy flags",
-    ),
-    Refusal(
-        "--attention-backend local",
-        lambda a: "local" in str(a.attention_backend),
-        "it puts Megatron's own attention back, which sees across pieces",
-    ),
-    Refusal(
-        "--attention-dropout above 0",
-        lambda a: (a.attention_dropout or 0) > 0,
-        "the variable-length attention kernel has no dropout (Megatron's default is 0.1)",
-        "pass --attention-dropout 0, and the model's flags in place of --use-checkpoint-args, "
-        "which brings the checkpoint's dropout back",
-    ),
-    Refusal(
-        "--window-size, or --softmax-type other than vanilla",
-        lambda a: a.window_size is not None or a.softmax_type not in (None, "vanilla"),
-        "packed attention has neither a sliding window nor an attention sink",
-    ),
-    Refusal(
-        "--multi-latent-attention",
-        lambda a: a.multi_latent_attention,
-        "packed attention wants keys and values of one head size",
-        "use --group-query-attention",
-    ),
-    Refusal(
-        "--qk-clip or --log-max-attention-logit",
-        lambda a: a.qk_clip or a.log_max_attention_logit,
-        "packed attention does not keep the largest logit, which they read after every step",
-    ),
-    Refusal(
-        "--cuda-graph-impl, --enable-cuda-graph or --external-cuda-graph",
-        _uses_cuda_graphs,
-        "a captured graph would replay the first batch's piece boundaries",
-    ),
-    # Context parallelism.
-    Refusal(
-        "--hybrid-context-parallel, --hierarchical-context-parallel-sizes, or a --cp-comm-type "
-        "other than p2p or a2a",
-        _cuts_rows_otherwise,
-        "every row is cut alike, and packed attention exchanges among all context parallel ranks",
-    ),
-    Refusal(
-        "--num-attention-heads with --context-parallel-size",
-        _splits_heads,
-        "{num_attention_heads} heads over {tensor_model_parallel_size} tensor parallel ranks leave "
-        "each a number that {context_parallel_size} context parallel ranks cannot share evenly",
-        "make heads / TP a multiple of CP",
-    ),
-    Refusal(
-        "--num-query-groups with --context-parallel-size",
-        _splits_groups,
-        "{num_query_groups} groups over {tensor_model_parallel_size} tensor parallel ranks leave "
-        "each a number that {context_parallel_size} context parallel ranks cannot share evenly",
-        "make groups / TP a multiple or a divisor of CP",
-    ),
-    Refusal(
-        "--seq-length with --context-parallel-size or --sequence-parallel",
-        _splits_rows_unevenly,
-        "the ranks cannot share {seq_length} positions evenly",
-        "pass a multiple of 2 * CP, and with --sequence-parallel of CP * TP",
-    ),
+    *ATTENTION_REFUSALS,
     # Mixtures of experts and multi-token prediction.
     Refusal(
         "--moe-router-load-balancing-type sinkhorn or quantile_balancing",
@@ -303,7 +159,7 @@ REFUSALS = (
     ),
     Refusal(
         "--mtp-num-layers with --context-parallel-size above 1, or --mtp-hsm",
-        lambda a: a.mtp_num_layers and (_cp_size(a) > 1 or a.mtp_hsm),
+        lambda a: a.mtp_num_layers and (cp_size(a) > 1 or a.mtp_hsm),
         "further tokens and hidden states would come from other ranks, or from other pieces",
         "use tensor, sequence or pipeline parallelism, and no --mtp-hsm",
     ),

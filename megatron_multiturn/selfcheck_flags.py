@@ -37,6 +37,7 @@ _LOW_PRECISION = (
     *("exp_avg_dtype", "exp_avg_sq_dtype", "optimizer_cpu_offload", "*mxfp8*"),
     *("moe_router_padding_for_*", "disable_bf16_reduced_precision_matmul"),
     *("te_precision_config_file", "ddp_param_name_patterns_for_fp32_local_accumulation"),
+    *("packed_attention", "cross_entropy_loss_fusion"),  # their kernels
 )
 
 # Every way to cut a job over ranks, or to spare memory or time for the sake of it.

@@ -97,6 +97,7 @@ class LayoutJob:
             "micro_batch_size": args.micro_batch_size,
             "global_batch_size": args.global_batch_size,
             "loss_average": args.loss_average,
+            "piece_multiple": args.piece_multiple,
             "dtype": str(args.params_dtype).removeprefix("torch."),
             "device": "CPU" if self._on_cpu else torch.cuda.get_device_name(),
             "notices": self._notices,
@@ -152,6 +153,7 @@ class ReferenceJob:
         )
 
         args.spec = LAYER_SPEC
+        args.piece_multiple = self._layout["piece_multiple"]
         args.calculate_per_token_loss = False
         megatron_hooks.hook_mtp(adapt_mtp_spec, roll_within_pieces)
 

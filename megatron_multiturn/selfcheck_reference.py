@@ -41,10 +41,16 @@ class PieceAttention(torch.nn.Module):
     """Causal attention, one piece at a time; query [s, b, h, d] to [s, b, h * d]."""
 
     def __init__(
-        self, config: Any, *args: Any, softmax_scale: float | None = None, **kwargs: Any
+        self,
+        config: Any,
+        layer_number: int,
+        *args: Any,
+        softmax_scale: float | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__()
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self.window = megatron.attention_window(config, layer_number)
 
     def forward(
         self,
@@ -65,7 +71,10 @@ class PieceAttention(torch.nn.Module):
                 for t in (query, key, value)
             )
             k, v = (t.repeat_interleave(h // t.shape[1], dim=1) for t in (k, v))
-            out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale)
+            position = torch.arange(stop - start, device=q.device)
+            distance = position.unsqueeze(1) - position
+            seen = (distance >= 0) & (distance <= (stop if self.window is None else self.window))
+            out = scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=self.softmax_scale)
             outputs.append(out.squeeze(0).transpose(0, 1))
         # [b * s, h, d] -> [s, b, h * d]
         return torch.cat(outputs).view(b, s, h * d).transpose(0, 1).contiguous()

@@ -5,7 +5,7 @@ import copy
 
 import pytest
 
-from megatron_multiturn.arguments import PACKED_LAYER_SPEC, add_multiturn_args, prepare_args
+from megatron_multiturn.arguments import add_multiturn_args, layer_spec, prepare_args
 from megatron_multiturn.errors import ConfigError
 
 
@@ -27,7 +27,7 @@ def test_what_is_prepared(args: argparse.Namespace) -> None:
     notices = prepare_args(args, on_cpu=True)
     assert args.calculate_per_token_loss
     assert args.eval_interval == 1000
-    assert args.spec == PACKED_LAYER_SPEC
+    assert args.spec == layer_spec("torch")
     assert args.distributed_backend == "gloo"
     assert args.transformer_impl == "local"
     assert any("NO GPU" in notice for notice in notices)

@@ -1,13 +1,18 @@
-"""PackedAttention's kernel on a GPU: its error against float64, beside plain SDPA's."""
+"""PackedAttention's kernels on a GPU: their error against float64, beside plain SDPA's."""
 
+import importlib.util
 import math
+from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import scaled_dot_product_attention
 
-from megatron_multiturn.attention import PackedAttention, packed_rows, uses_varlen_kernel
+from megatron_multiturn.attention import PackedAttention, has_varlen_kernels, packed_rows
+from megatron_multiturn.loss import loss_func, turn_report
 
 pytestmark = pytest.mark.gpu
 
@@ -16,8 +21,19 @@ LAYOUTS = {
     "one piece as long as the row": [512],
     "pieces of one token": [1, 1, 500, 1, 9],
     "tiny pieces": [4] * 128,
+    "pieces of one token alone": [1] * 512,
     "a session and padding": [300, 212],
 }
+KERNELS = [
+    "torch",
+    pytest.param(
+        "te",
+        marks=pytest.mark.skipif(
+            importlib.util.find_spec("transformer_engine") is None,
+            reason="Transformer Engine is not installed",
+        ),
+    ),
+]
 
 
 def tensors(num_heads: int, num_groups: int, head_size: int) -> list[torch.Tensor]:
@@ -30,14 +46,25 @@ def tensors(num_heads: int, num_groups: int, head_size: int) -> list[torch.Tenso
     ]
 
 
-def by_sdpa(inputs: list[torch.Tensor], cu_seqlens: torch.Tensor) -> list[torch.Tensor]:
+def boundaries(layout: str) -> torch.Tensor:
+    """int32 (n + 1,): the layout in the first row, one piece in the second."""
+    lengths = torch.tensor([0, *LAYOUTS[layout], SEQUENCE_LENGTH])
+    return lengths.cumsum(0).int()
+
+
+def by_sdpa(
+    inputs: list[torch.Tensor], layout: str, window: int | None = None
+) -> list[torch.Tensor]:
     """Output and gradients of PyTorch's plain attention under an explicit mask."""
     q, k, v = (t.detach().clone().requires_grad_() for t in inputs[:3])
-    position = torch.arange(SEQUENCE_LENGTH, device="cuda")
+    bounds = boundaries(layout).tolist()
     outputs = []
     for row in range(2):
-        piece = torch.searchsorted(cu_seqlens[row].contiguous(), position, right=True)
-        seen = (piece[:, None] == piece[None, :]) & (position[:, None] >= position[None, :])
+        seen = torch.zeros(SEQUENCE_LENGTH, SEQUENCE_LENGTH, dtype=torch.bool, device="cuda")
+        for start, stop in pairwise(bound - row * SEQUENCE_LENGTH for bound in bounds):
+            if start >= 0 and stop <= SEQUENCE_LENGTH:
+                seen[start:stop, start:stop] = True
+        seen = seen.tril() if window is None else seen.tril().triu(-window)
         heads_first = [t[:, row].transpose(0, 1).unsqueeze(0) for t in (q, k, v)]
         out = scaled_dot_product_attention(
             heads_first[0],
@@ -57,47 +84,86 @@ def gradients(*inputs: torch.Tensor) -> list[torch.Tensor]:
     return [t.grad for t in inputs if t.grad is not None]
 
 
-def by_packed_attention(inputs: list[torch.Tensor], cu_seqlens: torch.Tensor) -> list[torch.Tensor]:
-    q, k, v = (t.detach().clone().requires_grad_() for t in inputs[:3])
+def attention_of(
+    inputs: list[torch.Tensor], kernels: str, window: int | None = None
+) -> PackedAttention:
+    num_heads, head_size = inputs[0].shape[2:]
+    overrides: dict[str, Any] = {} if window is None else {"window_size": (window, 0)}
     config = TransformerConfig(
         num_layers=1,
-        hidden_size=q.shape[2] * q.shape[3],
-        num_attention_heads=q.shape[2],
-        num_query_groups=k.shape[2],
+        hidden_size=num_heads * head_size,
+        num_attention_heads=num_heads,
+        num_query_groups=inputs[1].shape[2],
         attention_dropout=0.0,
+        bf16=inputs[0].dtype == torch.bfloat16,
+        **overrides,
     )
-    rows = packed_rows(cu_seqlens, sequence_length=SEQUENCE_LENGTH, dtype=q.dtype)
-    attention = PackedAttention(config, 1, None, "self")
-    output = attention(q, k, v, None, packed_seq_params=rows)
+    return PackedAttention(config, 1, AttnMaskType.causal, "self", kernels=kernels)
+
+
+def by_packed_attention(
+    inputs: list[torch.Tensor], layout: str, kernels: str, window: int | None = None
+) -> list[torch.Tensor]:
+    q, k, v = (t.detach().clone().requires_grad_() for t in inputs[:3])
+    rows = packed_rows(boundaries(layout), sequence_length=SEQUENCE_LENGTH, device="cuda")
+    attention = attention_of(inputs, kernels, window)
+    output = attention(q, k, v, None, attn_mask_type=AttnMaskType.causal, packed_seq_params=rows)
     output.backward(inputs[3].flatten(2))
     return [output, *gradients(q, k, v)]
 
 
-def boundaries(name: str) -> torch.Tensor:
-    """(2, 200) int32: the layout in the first row, one piece in the second."""
-    cu_seqlens = torch.full((2, 200), SEQUENCE_LENGTH, dtype=torch.int32)
-    cu_seqlens[:, 0] = 0
-    stops = torch.tensor(LAYOUTS[name]).cumsum(0)
-    cu_seqlens[0, 1 : len(stops) + 1] = stops
-    return cu_seqlens.cuda()
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize(("num_heads", "num_groups", "head_size"), [(4, 4, 64), (8, 2, 128)])
-def test_error_is_at_most_twice_that_of_sdpa(
-    layout: str, dtype: torch.dtype, num_heads: int, num_groups: int, head_size: int
-) -> None:
-    cu_seqlens = boundaries(layout)
-    exact_inputs = [t.to(dtype).double() for t in tensors(num_heads, num_groups, head_size)]
-    inputs = [t.to(dtype) for t in exact_inputs]
-    assert uses_varlen_kernel(inputs[0].device, dtype) == (dtype != torch.float32)
-    exact = by_sdpa(exact_inputs, cu_seqlens)
-    ours = by_packed_attention(inputs, cu_seqlens)
-    plain = by_sdpa(inputs, cu_seqlens)
+def compare(ours: list[torch.Tensor], plain: list[torch.Tensor], exact: list[torch.Tensor]) -> None:
+    """The error of each of ours is at most twice that of plain SDPA in the same precision."""
     for mine, sdpa, wanted in zip(ours, plain, exact, strict=True):
         our_error = float((mine.double() - wanted).norm() / wanted.norm())
         sdpa_error = float((sdpa.double() - wanted).norm() / wanted.norm())
         assert math.isfinite(our_error)
         # A gradient that is exactly 0 in float64 has no relative error; none is here.
         assert our_error <= 2 * sdpa_error + 1e-7
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("num_heads", "num_groups", "head_size"), [(4, 4, 64), (8, 2, 128)])
+def test_error_is_at_most_twice_that_of_sdpa(
+    layout: str, dtype: torch.dtype, num_heads: int, num_groups: int, head_size: int, kernels: str
+) -> None:
+    exact_inputs = [t.to(dtype).double() for t in tensors(num_heads, num_groups, head_size)]
+    inputs = [t.to(dtype) for t in exact_inputs]
+    assert has_varlen_kernels(inputs[0]) == (dtype != torch.float32)
+    ours = by_packed_attention(inputs, layout, kernels)
+    compare(ours, by_sdpa(inputs, layout), by_sdpa(exact_inputs, layout))
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("window", [1, 100, 511])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_sliding_window(window: int, dtype: torch.dtype, kernels: str) -> None:
+    layout = "a session and padding"
+    exact_inputs = [t.to(dtype).double() for t in tensors(8, 2, 128)]
+    inputs = [t.to(dtype) for t in exact_inputs]
+    ours = by_packed_attention(inputs, layout, kernels, window)
+    exact = by_sdpa(exact_inputs, layout, window)
+    compare(ours, by_sdpa(inputs, layout, window), exact)
+    everything = by_sdpa(exact_inputs, layout)
+    assert bool((everything[0] - exact[0]).norm() > 0.01 * exact[0].norm()) == (window < 299)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_nothing_waits_for_the_device(kernels: str) -> None:
+    """Boundaries, attention and loss: forward and backward without a synchronization."""
+    inputs = [t.bfloat16() for t in tensors(8, 2, 128)]
+    by_packed_attention(inputs, "tiny pieces", kernels)  # loads the kernels
+    mask = (torch.rand(2, SEQUENCE_LENGTH, device="cuda") < 0.5).float()
+    turn_num = torch.tensor([[3], [4]], device="cuda")
+    share = torch.full((), 0.5, dtype=torch.float64, device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        output, *_ = by_packed_attention(inputs, "tiny pieces", kernels)
+        losses = output.float().mean(dim=2).transpose(0, 1)
+        loss_func(mask, mask * 7, turn_num, losses)
+        turn_report(losses, mask.int(), mask * 7, batch_share=share, num_turn_indices=3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

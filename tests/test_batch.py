@@ -1,7 +1,8 @@
 """The wire format of a micro-batch: what goes in comes out, in shape, type and value."""
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from megatron_multiturn.batch import (
     RowShape,
     batch_shapes,
     flatten_rows,
+    join_boundaries,
     keep_positions_of_rank,
+    positions_of_rank,
     unflatten_rows,
 )
 from megatron_multiturn.errors import DatasetError
@@ -30,8 +33,9 @@ def rows(micro_batch_size: int = 2) -> dict[str, torch.Tensor]:
         else:
             largest = 2**24 if name == "turn_num" else 2**31 - 1
             collated[name] = torch.randint(0, largest, shape, generator=generator)
-    for name in ("cu_seqlens", "turn_index"):
-        collated[name] = collated[name].int()
+    collated["turn_index"] = collated["turn_index"].int()
+    bounds = torch.tensor([[0, 3, 7, 7], [0, 7, 7, 7], [0, 1, 2, 7]], dtype=torch.int32)
+    collated["cu_seqlens"] = bounds.repeat(2, 1)[:micro_batch_size]
     return collated
 
 
@@ -41,11 +45,19 @@ def test_round_trip(micro_batch_size: int) -> None:
     shapes = batch_shapes(SHAPE, micro_batch_size)
     buffer = flatten_rows(sent, shapes)
     assert buffer.dtype == torch.int32
-    batch = unflatten_rows(buffer, shapes)
-    for name, tensor in sent.items():
+    boundaries = join_boundaries(sent, SHAPE)
+    batch = unflatten_rows(buffer, shapes, boundaries)
+    assert batch.boundaries is boundaries
+    for name in shapes:
         received = getattr(batch, name)
-        assert received.dtype == tensor.dtype
-        assert torch.equal(received, tensor)
+        assert received.dtype == sent[name].dtype
+        assert torch.equal(received, sent[name])
+
+
+def test_boundaries_count_over_the_rows_laid_end_to_end() -> None:
+    joined = join_boundaries(rows(3), SHAPE)
+    assert joined.dtype == torch.int32
+    assert joined.tolist() == [0, 3, 7, 7, 14, 14, 14, 15, 16, 21]
 
 
 def test_other_keys_of_a_row_are_left_behind() -> None:
@@ -55,12 +67,15 @@ def test_other_keys_of_a_row_are_left_behind() -> None:
 
 
 def test_rows_of_another_shape_are_refused() -> None:
+    wrong = {**rows(), "tokens": torch.zeros(2, 5, dtype=torch.int64)}
+    with pytest.raises(DatasetError, match=r"'tokens' has shape \(2, 5\).*expects \(2, 7\)"):
+        flatten_rows(wrong, batch_shapes(SHAPE, 2))
     wrong = {**rows(), "cu_seqlens": torch.zeros(2, 5, dtype=torch.int32)}
     with pytest.raises(DatasetError, match=r"'cu_seqlens' has shape \(2, 5\).*expects \(2, 4\)"):
-        flatten_rows(wrong, batch_shapes(SHAPE, 2))
+        join_boundaries(wrong, SHAPE)
     del wrong["cu_seqlens"]
     with pytest.raises(DatasetError, match=r"'cu_seqlens' has shape None.*sample contract"):
-        flatten_rows(wrong, batch_shapes(SHAPE, 2))
+        join_boundaries(wrong, SHAPE)
 
 
 @pytest.mark.parametrize("cp_size", [2, 4])
@@ -76,19 +91,47 @@ def test_context_parallel_ranks_share_the_positions_and_one_counts_the_turns(cp_
             whole, mine = getattr(batch, field.name), getattr(part, field.name)
             if field.name == "turn_num":
                 assert torch.equal(mine, whole if rank == 0 else torch.zeros_like(whole))
-            elif field.name == "cu_seqlens":
+            elif field.name == "boundaries":
                 assert torch.equal(mine, whole)
             else:
                 assert torch.equal(mine, whole[:, positions])
     assert keep_positions_of_rank(batch, cp_rank=0, cp_size=1) is batch
 
 
-def batch_of(length: int) -> Batch:
-    shapes = batch_shapes(RowShape(sequence_length=length, num_boundaries=4), 2)
+@pytest.mark.parametrize("cp_size", [2, 3])
+def test_context_parallel_ranks_can_share_every_piece(cp_size: int) -> None:
+    multiple = 2 * cp_size
+    bounds = [0, multiple, 4 * multiple, 6 * multiple]
+    batch = replace(batch_of(bounds[-1], num_rows=1), boundaries=torch.tensor(bounds).int())
+    kept = []
+    for rank in range(cp_size):
+        part = keep_positions_of_rank(batch, cp_rank=rank, cp_size=cp_size, cuts_pieces=True)
+        positions: list[int] = []
+        for start, stop in pairwise(bounds):
+            chunk = (stop - start) // multiple
+            for first in (start + rank * chunk, stop - (rank + 1) * chunk):
+                positions += range(first, first + chunk)
+        assert torch.equal(part.tokens, batch.tokens[:, positions])
+        assert torch.equal(part.loss_token_num, batch.loss_token_num[:, positions])
+        kept += positions
+    assert sorted(kept) == list(range(bounds[-1]))
+
+
+def test_the_cut_of_pieces_as_the_docstring_shows_it() -> None:
+    cut = [positions_of_rank([0, 4, 12], cp_rank=r, cp_size=2).tolist() for r in range(2)]
+    assert cut == [[0, 3, 4, 5, 10, 11], [1, 2, 6, 7, 8, 9]]
+    with pytest.raises(
+        DatasetError, match=r"a piece of 6 positions .* 2 context .* multiples of 4"
+    ):
+        positions_of_rank([0, 4, 10], cp_rank=0, cp_size=2)
+
+
+def batch_of(length: int, num_rows: int = 2) -> Batch:
+    shapes = batch_shapes(RowShape(sequence_length=length, num_boundaries=4), num_rows)
     sent: dict[str, torch.Tensor] = {
         name: torch.arange(1, 1 + math.prod(shape)).view(shape) for name, shape in shapes.items()
     }
-    return unflatten_rows(flatten_rows(sent, shapes), shapes)
+    return unflatten_rows(flatten_rows(sent, shapes), shapes, torch.tensor([0, length]).int())
 
 
 def test_counts_beyond_megatrons_divisor_are_refused() -> None:

@@ -20,7 +20,7 @@ ORDER = (
     # dataset -> rows -> training
     *("cutting", "windows", "packing", "averages", "samples", "plan_cache", "dataset"),
     *("batch", "attention", "layer_spec", "loss", "moe", "mtp", "provider", "forward"),
-    *("refusals", "arguments"),
+    *("refusal", "attention_refusals", "refusals", "arguments"),
     *("cpu", "recording", "__main__"),
     # commands
     *("selfcheck_flags", "selfcheck_hooks", "selfcheck_ranks", "selfcheck_report"),

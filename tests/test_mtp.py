@@ -5,15 +5,18 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.multi_token_prediction import roll_tensor
 
-from megatron_multiturn.attention import packed_rows
+from megatron_multiturn.attention import PackedRows, packed_rows
 from megatron_multiturn.mtp import roll_within_pieces
 
 # Two rows of 7 positions; the boundaries of the second are repeated to one length.
 CU_SEQLENS = torch.tensor([[0, 3, 4, 7], [0, 5, 7, 7]], dtype=torch.int32)
 
 
-def rows(cu_seqlens: torch.Tensor = CU_SEQLENS):  # type: ignore[no-untyped-def]
-    return packed_rows(cu_seqlens, sequence_length=7, dtype=torch.float32)
+def rows(cu_seqlens: torch.Tensor = CU_SEQLENS) -> PackedRows:
+    """The boundaries of rows of 7 positions."""
+    row_starts = 7 * torch.arange(len(cu_seqlens), dtype=torch.int32).unsqueeze(1)
+    boundaries = (cu_seqlens + row_starts).flatten().unique_consecutive()
+    return packed_rows(boundaries, sequence_length=7, device="cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float32])

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from megatron_multiturn.arguments import PACKED_LAYER_SPEC, add_multiturn_args
+from megatron_multiturn.arguments import add_multiturn_args, layer_spec
 from megatron_multiturn.errors import ConfigError
 from megatron_multiturn.refusals import REFUSALS, check_args, refused
 
@@ -14,6 +14,7 @@ Change = dict[str, object]
 
 _MOE: Change = {"num_experts": 4}
 _CP2: Change = {"context_parallel_size": 2}
+_TE_RING: Change = {**_CP2, "packed_attention": "te", "bf16": True}
 _FP16: Change = {"fp16": True, "loss_average": "session", "min_loss_scale": 1e-5}
 
 # Changes of Megatron's arguments, each of which is refused, by the start of the refusal's setting.
@@ -60,7 +61,8 @@ REFUSED: dict[str, list[Change]] = {
     ],
     "--attention-backend local": [{"attention_backend": "AttnBackend.local"}],
     "--attention-dropout": [{"attention_dropout": 0.1}],
-    "--window-size": [{"window_size": (128, 0)}, {"softmax_type": "learnable"}],
+    "--softmax-type": [{"softmax_type": "learnable"}],
+    "--packed-attention te in 32 bits": [{"packed_attention": "te"}],
     "--multi-latent-attention": [{"multi_latent_attention": True}],
     "--qk-clip": [{"qk_clip": True}, {"log_max_attention_logit": True}],
     "--cuda-graph-impl": [
@@ -81,7 +83,15 @@ REFUSED: dict[str, list[Change]] = {
             "num_attention_heads": 24,
             "group_query_attention": True,
             "num_query_groups": 6,
-        }
+        },
+        {
+            **_TE_RING,
+            "context_parallel_size": 4,
+            "num_attention_heads": 24,
+            "group_query_attention": True,
+            "num_query_groups": 2,
+            "cp_comm_type": ["a2a"],
+        },
     ],
     "--seq-length": [
         {**_CP2, "seq_length": 4098},
@@ -92,6 +102,15 @@ REFUSED: dict[str, list[Change]] = {
             "tensor_model_parallel_size": 8,
             "seq_length": 4104,
         },
+    ],
+    "--packed-attention te with --context-parallel-size and --micro": [
+        {**_TE_RING, "micro_batch_size": 2}
+    ],
+    "--packed-attention te with --context-parallel-size, and --tr": [
+        {**_TE_RING, "position_embedding_type": "rope", "apply_rope_fusion": False}
+    ],
+    "--packed-attention te and --window-size": [
+        {**_TE_RING, "window_size": (128, 0), "cp_comm_type": "p2p"}
     ],
     "--moe-router-load-balancing-type": [
         {**_MOE, "moe_router_load_balancing_type": "sinkhorn"},
@@ -135,6 +154,11 @@ ACCEPTED = {
     "more context parallel ranks than groups": "--context-parallel-size 8",
     "fewer groups than tensor parallel ranks": "--tensor-model-parallel-size 8 "
     "--num-query-groups 2 --context-parallel-size 4 --sequence-parallel",
+    "a ring of ranks": "--context-parallel-size 16 --packed-attention te --bf16 "
+    "--micro-batch-size 1 --num-attention-heads 40 --position-embedding-type rope",
+    "Transformer Engine's exchange": "--context-parallel-size 4 --packed-attention te --fp16 "
+    "--micro-batch-size 1 --cp-comm-type a2a --window-size 128,0",
+    "a sliding window": "--window-size 128,0 --context-parallel-size 2",
     "no groups": "--num-attention-heads 30 --num-query-groups 7 --context-parallel-size 5 "
     "--seq-length 4000 --no-group-query-attention",
     "sharded optimizer": "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather "
@@ -233,5 +257,5 @@ def test_all_that_is_wrong_is_said_at_once(args: argparse.Namespace) -> None:
 
 
 def test_the_plugins_own_layers_may_come_from_a_checkpoint(args: argparse.Namespace) -> None:
-    args.spec = PACKED_LAYER_SPEC
+    args.spec = layer_spec("auto")
     check_args(args)

@@ -20,9 +20,8 @@ from megatron_multiturn.provider import train_valid_test_datasets_provider
 
 
 def logits(model, row, cu_seqlens):
-    boundaries = packed_rows(
-        cu_seqlens, sequence_length=row["tokens"].shape[1], dtype=torch.float32
-    )
+    length = row["tokens"].shape[1]
+    boundaries = packed_rows(cu_seqlens[0].unique(), sequence_length=length, device="cpu")
     with torch.no_grad():
         return model(row["tokens"], row["position_ids"], None, packed_seq_params=boundaries)
 

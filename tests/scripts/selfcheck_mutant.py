@@ -37,31 +37,28 @@ def mean_of_means(loss_mask, loss_token_num, turn_num, output_tensor):
     return loss, one, {"lm loss": torch.stack([loss.detach(), one.float()])}
 
 
-def counted_everywhere(batch, *, cp_rank, cp_size):
-    return dataclasses.replace(
-        keep_positions(batch, cp_rank=cp_rank, cp_size=cp_size), turn_num=batch.turn_num
-    )
+def counted_everywhere(batch, **place):
+    return dataclasses.replace(keep_positions(batch, **place), turn_num=batch.turn_num)
 
 
-def whole_rows(cu_seqlens, *, sequence_length, dtype):
-    whole = torch.tensor([[0, sequence_length]], dtype=torch.int32, device=cu_seqlens.device)
-    whole = whole.repeat(len(cu_seqlens), 1)
-    return packed_rows(whole, sequence_length=sequence_length, dtype=dtype)
+def whole_rows(boundaries, *, sequence_length, **kwargs):
+    whole = torch.arange(0, int(boundaries[-1]) + 1, sequence_length).int()
+    return packed_rows(whole, sequence_length=sequence_length, **kwargs)
 
 
-def shifted(batch, *, cp_rank, cp_size):
-    batch = keep_positions(batch, cp_rank=cp_rank, cp_size=cp_size)
+def shifted(batch, **place):
+    batch = keep_positions(batch, **place)
     moved = {name: getattr(batch, name).roll(1, dims=1) for name in ("loss_mask", "loss_token_num")}
     return dataclasses.replace(batch, **moved)
 
 
-def dies(batch, *, cp_rank, cp_size):
+def dies(batch, **place):
     if torch.distributed.get_rank() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    return keep_positions(batch, cp_rank=cp_rank, cp_size=cp_size)
+    return keep_positions(batch, **place)
 
 
-def out_of_memory(batch, *, cp_rank, cp_size):
+def out_of_memory(batch, **place):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB")
 
 
