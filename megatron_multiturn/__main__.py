@@ -85,7 +85,7 @@ def _print_help() -> None:
 
 def _hook_megatron(*, on_cpu: bool, has_script: bool) -> None:
     from megatron_multiturn import megatron_compat, megatron_hooks
-    from megatron_multiturn.arguments import add_multiturn_args, prepare_args
+    from megatron_multiturn.arguments import add_multiturn_args, has_apex, prepare_args
     from megatron_multiturn.layer_spec import adapt_mtp_spec
     from megatron_multiturn.loss import COUNTS
     from megatron_multiturn.mtp import roll_within_pieces
@@ -108,6 +108,8 @@ def _hook_megatron(*, on_cpu: bool, has_script: bool) -> None:
             return {}
         if not on_cpu:
             megatron_hooks.compile_rotary_embedding()
+            if args.gradient_accumulation_fusion and not has_apex():
+                megatron_hooks.fuse_gradient_accumulation()
         from megatron_multiturn.forward import forward_step
         from megatron_multiturn.provider import select_provider
 

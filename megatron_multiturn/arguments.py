@@ -11,7 +11,7 @@ from megatron_multiturn.windows import LONG_SESSION_POLICIES
 _EVAL_INTERVAL = 1000
 
 _LAYER_SPECS = "megatron_multiturn.layer_spec"
-PACKED_ATTENTION = ("auto", "te", "torch")
+PACKED_ATTENTION = ("auto", "te", "torch", "fa4")
 
 
 def add_multiturn_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -57,7 +57,7 @@ def add_multiturn_args(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         default="auto",
         help="the kernels that keep pieces apart. torch: PyTorch's variable-length flash "
         "attention. te: Transformer Engine's, with its own context parallelism. auto: for each "
-        "micro-batch the faster of the two (default)",
+        "micro-batch the faster of these two (default). fa4: FlashAttention 4",
     )
     group.add_argument(
         "--log-turn-index",
@@ -108,6 +108,11 @@ def _fit_kernels(args: argparse.Namespace, *, on_cpu: bool) -> list[str]:
             "--packed-attention te needs a GPU and Transformer Engine, which is not installed or "
             "cannot be used here; pass --packed-attention auto"
         )
+    if args.packed_attention == "fa4" and (on_cpu or not _has_module("flash_attn.cute")):
+        raise ConfigError(
+            "--packed-attention fa4 needs a GPU and FlashAttention 4 (flash_attn.cute), which is "
+            "not installed or cannot be used here; pass --packed-attention auto"
+        )
     if args.packed_attention == "auto" and not (has_te and (args.bf16 or args.fp16)):
         args.packed_attention = "torch"
     fusible = args.bf16 and not on_cpu and not args.deterministic_mode
@@ -129,16 +134,22 @@ def _fit_evaluation(args: argparse.Namespace) -> list[str]:
     return [f"no --eval-global-batch-size: {max(sizes):,}, the largest that is scheduled"]
 
 
+def has_apex() -> bool:
+    """Whether NVIDIA's Apex is installed; the registries hold an unrelated "apex"."""
+    return _has_module("fused_weight_gradient_mlp_cuda")
+
+
 def _has_module(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # of the package that should hold it
+        return False
 
 
 def _fit_to_machine(args: argparse.Namespace, *, on_cpu: bool) -> list[str]:
     """Turn off what is not installed, and on a machine without a GPU what needs one."""
     notices = []
-    # The package registries hold an unrelated "apex"; NVIDIA's has these kernels.
     has_te = not on_cpu and _has_module("transformer_engine")
-    has_apex = not on_cpu and _has_module("fused_weight_gradient_mlp_cuda")
     if args.transformer_impl == "transformer_engine" and not has_te:
         args.transformer_impl = "local"
         notices.append("no Transformer Engine: --transformer-impl local")
@@ -146,7 +157,10 @@ def _fit_to_machine(args: argparse.Namespace, *, on_cpu: bool) -> list[str]:
         args.no_persist_layer_norm = True
         args.apply_rope_fusion = False
         args.masked_softmax_fusion = False
-    if args.gradient_accumulation_fusion and not has_apex:
+    # Without Apex the runner has another way, for its own provider's runs on GPUs.
+    stock = args.dataset_provider == "megatron"
+    fusible = not on_cpu and (has_apex() or not (stock or args.use_megatron_fsdp))
+    if args.gradient_accumulation_fusion and not fusible:
         args.gradient_accumulation_fusion = False
         notices.append("no Apex: --no-gradient-accumulation-fusion")
     if on_cpu:

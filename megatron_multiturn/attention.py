@@ -101,9 +101,10 @@ class PackedAttention(MegatronModule):
     Shapes: query [s, b, h, d]; key and value [s, b, g, d], g query groups; result [s, b, h * d].
     With context parallelism s is the rank's share of a row.
 
-    kernels: "torch", PyTorch's variable-length flash attention in bf16 and fp16 on a GPU, and
-        a loop over pieces otherwise; "te", Transformer Engine's, in bf16 and fp16 on a GPU, also
-        for context parallelism; "auto", whichever of the two is faster for the pieces at hand.
+    kernels: what runs in bf16 and fp16 on a GPU; otherwise it is a loop over pieces. "torch" is
+        PyTorch's variable-length flash attention; "fa4", that of FlashAttention 4; "te",
+        Transformer Engine's, also for context parallelism; "auto", PyTorch's or Transformer
+        Engine's, whichever is faster for the pieces at hand.
     """
 
     def __init__(
@@ -125,7 +126,7 @@ class PackedAttention(MegatronModule):
         self.cp_group = None
         if config.context_parallel_size > 1 and kernels != "te":
             self.cp_group = pg_collection.cp if pg_collection else megatron.context_parallel_group()
-        if kernels != "torch":
+        if kernels in ("te", "auto"):
             # It has no parameters. In a tuple, it leaves no trace in a checkpoint.
             self._te = (
                 megatron.te_attention_class()(
@@ -172,12 +173,15 @@ class PackedAttention(MegatronModule):
         if self.cp_group is not None:
             query, key, value = exchange_positions_for_heads(query, key, value, self.cp_group)
         s, b, h, d = query.shape
-        # [s, b, h, d] -> [b * s, h, d]: rows end to end, as the boundaries count them
-        q, k, v = (t.transpose(0, 1).flatten(0, 1) for t in (query, key, value))
+        # [s, b, h, d] -> [b * s, h, d]: rows end to end, as the boundaries count them. What is
+        # kept for the backward pass must be no view of all three.
+        q, k, v = (t.transpose(0, 1).flatten(0, 1).contiguous() for t in (query, key, value))
         if not has_varlen_kernels(q):
             out = self._by_piece(q, k, v, packed_seq_params)
         elif self._prefers_te(packed_seq_params.squared_lengths * h * d):
             out = self._by_te(q, k, v, packed_seq_params, attn_mask_type)
+        elif self.kernels == "fa4":
+            out = self._by_flash_attention_4(q, k, v, packed_seq_params)
         else:
             out = self._by_varlen_attn(q, k, v, packed_seq_params)
         # [b * s, h, d] -> [s, b, h, d]
@@ -214,6 +218,24 @@ class PackedAttention(MegatronModule):
         )
         assert isinstance(out, Tensor)
         return out
+
+    def _by_flash_attention_4(self, q: Tensor, k: Tensor, v: Tensor, rows: PackedRows) -> Tensor:
+        from flash_attn.cute.interface import flash_attn_varlen_func
+
+        out = flash_attn_varlen_func(
+            q,
+            k,
+            v,
+            cu_seqlens_q=rows.piece_boundaries,
+            cu_seqlens_k=rows.piece_boundaries,
+            max_seqlen_q=rows.longest_piece,
+            max_seqlen_k=rows.longest_piece,
+            softmax_scale=self.softmax_scale,
+            causal=self.window is None,
+            window_size=(None, None) if self.window is None else (self.window, 0),
+        )
+        result: Tensor = out[0] if isinstance(out, tuple) else out
+        return result
 
     def _by_piece(self, q: Tensor, k: Tensor, v: Tensor, rows: PackedRows) -> Tensor:
         lengths = [stop - start for start, stop in pairwise(rows.host_boundaries)]

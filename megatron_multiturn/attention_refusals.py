@@ -81,9 +81,9 @@ ATTENTION_REFUSALS = (
         "packed attention has no attention sink",
     ),
     Refusal(
-        "--packed-attention te in 32 bits",
-        lambda a: a.packed_attention == "te" and not (a.bf16 or a.fp16),
-        "Transformer Engine has no packed kernel for it",
+        "--packed-attention te or fa4 in 32 bits",
+        lambda a: a.packed_attention in ("te", "fa4") and not (a.bf16 or a.fp16),
+        "they have no packed kernel for it",
         "pass --bf16, or --packed-attention auto",
     ),
     Refusal(

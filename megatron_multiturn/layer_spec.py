@@ -1,6 +1,6 @@
 """Megatron's own layers with packed attention in them, and norms that know sequence parallelism.
 
-Installed by `--spec megatron_multiturn.layer_spec FUNCTION`, one of the three at the end.
+Installed by `--spec megatron_multiturn.layer_spec FUNCTION`, one of those at the end.
 """
 
 from typing import Any
@@ -76,6 +76,11 @@ def _keep_pieces_apart(layer: Any, transformer_impl: str, kernels: str) -> None:
 def auto_layer_spec(model_config: Any, vp_stage: int | None = None) -> Any:
     """`packed_layer_spec` for `--packed-attention auto`."""
     return packed_layer_spec(model_config, vp_stage, kernels="auto")
+
+
+def fa4_layer_spec(model_config: Any, vp_stage: int | None = None) -> Any:
+    """`packed_layer_spec` for `--packed-attention fa4`."""
+    return packed_layer_spec(model_config, vp_stage, kernels="fa4")
 
 
 def te_layer_spec(model_config: Any, vp_stage: int | None = None) -> Any:

@@ -10,8 +10,12 @@ import importlib
 import inspect
 import os
 import re
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from megatron_multiturn.errors import ConfigError
 
@@ -140,6 +144,29 @@ def compile_rotary_embedding() -> None:
     from megatron.core.models.common.embeddings import rope_utils
 
     rope_utils._apply_rotary_pos_emb_bshd = jit.jit_fuser(rope_utils._apply_rotary_pos_emb_bshd)
+
+
+def fuse_gradient_accumulation() -> None:
+    """Let `--gradient-accumulation-fusion` work without the kernels of NVIDIA's Apex.
+
+    With it, a weight's gradient is added to that of earlier micro-batches by the product that
+    computes it. PyTorch's matrix product takes over where Megatron would call Apex's.
+    """
+    from megatron.core.tensor_parallel import layers
+
+    layers.fused_weight_gradient_mlp_cuda = types.SimpleNamespace(
+        wgrad_gemm_accum_fp32=add_weight_gradient, wgrad_gemm_accum_fp16=add_weight_gradient
+    )
+    layers._grad_accum_fusion_available = True
+
+
+def add_weight_gradient(inputs: Tensor, output_gradient: Tensor, main_grad: Tensor) -> None:
+    """Add `output_gradient.T @ inputs` to `main_grad`, in place and in its precision.
+
+    Shapes (tokens, in), (tokens, out) and (out, in).
+    """
+    mixed: Any = {} if main_grad.dtype == inputs.dtype else {"out_dtype": main_grad.dtype}
+    torch.addmm(main_grad, output_gradient.t(), inputs, out=main_grad, **mixed)
 
 
 def hook_evaluation_report(names: Sequence[str]) -> None:

@@ -62,7 +62,7 @@ REFUSED: dict[str, list[Change]] = {
     "--attention-backend local": [{"attention_backend": "AttnBackend.local"}],
     "--attention-dropout": [{"attention_dropout": 0.1}],
     "--softmax-type": [{"softmax_type": "learnable"}],
-    "--packed-attention te in 32 bits": [{"packed_attention": "te"}],
+    "--packed-attention te or fa4 in 32": [{"packed_attention": "te"}, {"packed_attention": "fa4"}],
     "--multi-latent-attention": [{"multi_latent_attention": True}],
     "--qk-clip": [{"qk_clip": True}, {"log_max_attention_logit": True}],
     "--cuda-graph-impl": [
