@@ -102,13 +102,13 @@ def layer_spec(packed_attention: str) -> list[str]:
 
 def _fit_kernels(args: argparse.Namespace, *, on_cpu: bool) -> list[str]:
     """Settle on kernels that run here, in place."""
-    has_te = not on_cpu and _has_module("transformer_engine")
+    has_te = not on_cpu and has_module("transformer_engine")
     if args.packed_attention == "te" and not has_te:
         raise ConfigError(
             "--packed-attention te needs a GPU and Transformer Engine, which is not installed or "
             "cannot be used here; pass --packed-attention auto"
         )
-    if args.packed_attention == "fa4" and (on_cpu or not _has_module("flash_attn.cute")):
+    if args.packed_attention == "fa4" and (on_cpu or not has_module("flash_attn.cute")):
         raise ConfigError(
             "--packed-attention fa4 needs a GPU and FlashAttention 4 (flash_attn.cute), which is "
             "not installed or cannot be used here; pass --packed-attention auto"
@@ -136,10 +136,11 @@ def _fit_evaluation(args: argparse.Namespace) -> list[str]:
 
 def has_apex() -> bool:
     """Whether NVIDIA's Apex is installed; the registries hold an unrelated "apex"."""
-    return _has_module("fused_weight_gradient_mlp_cuda")
+    return has_module("fused_weight_gradient_mlp_cuda")
 
 
-def _has_module(name: str) -> bool:
+def has_module(name: str) -> bool:
+    """Whether a module can be imported here."""
     try:
         return importlib.util.find_spec(name) is not None
     except ModuleNotFoundError:  # of the package that should hold it
@@ -149,7 +150,7 @@ def _has_module(name: str) -> bool:
 def _fit_to_machine(args: argparse.Namespace, *, on_cpu: bool) -> list[str]:
     """Turn off what is not installed, and on a machine without a GPU what needs one."""
     notices = []
-    has_te = not on_cpu and _has_module("transformer_engine")
+    has_te = not on_cpu and has_module("transformer_engine")
     if args.transformer_impl == "transformer_engine" and not has_te:
         args.transformer_impl = "local"
         notices.append("no Transformer Engine: --transformer-impl local")

@@ -8,6 +8,7 @@ runs of a cluster job. It changes the process for good: only the runner calls it
 
 import contextlib
 import os
+import sys
 import time
 import types
 from typing import Any
@@ -21,6 +22,10 @@ _CUDA_TYPE_NAMES = {
 }
 
 
+# Megatron prefers these to PyTorch wherever they can be imported; all of them need a GPU.
+_ACCELERATORS = ("transformer_engine", "apex", "amp_C", "flash_attn")
+
+
 def is_needed() -> bool:
     """Whether this machine has no GPU, so that the stand-in is the only way to run."""
     return not torch.cuda.is_available()
@@ -31,6 +36,8 @@ def install() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron insists, with TP
     os.environ["TORCHDYNAMO_DISABLE"] = "1"  # compiling for minutes would gain nothing
+    for name in _ACCELERATORS:
+        sys.modules[name] = None  # type: ignore[assignment]  # its import then fails
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     _answer_as_one_device()
     _replace_streams_and_events()

@@ -222,5 +222,23 @@ def test_the_kernel_is_chosen_by_the_work(
 
 
 @pytest.mark.usefixtures("te_on_cpu")
+def test_the_backward_pass_keeps_no_view_of_queries_keys_and_values_together() -> None:
+    """Megatron splits them out of one tensor, which a view would keep whole."""
+    mixed = torch.randn(SEQUENCE_LENGTH, 1, 3 * 4, HEAD_SIZE, requires_grad=True) + 0
+    q, k, v = mixed.split(4, dim=2)
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    one_row = packed_rows(BOUNDARIES[:5], sequence_length=SEQUENCE_LENGTH, device="cpu")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        packed_attention(4, 4, "te")(q + 0, k + 0, v, None, packed_seq_params=one_row)
+    assert mixed.untyped_storage().data_ptr() not in kept
+
+
+@pytest.mark.usefixtures("te_on_cpu")
 def test_transformer_engine_leaves_no_trace_in_a_checkpoint() -> None:
     assert list(packed_attention(4, 2, "te").state_dict()) == []

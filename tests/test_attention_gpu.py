@@ -1,6 +1,5 @@
 """PackedAttention's kernels on a GPU: their error against float64, beside plain SDPA's."""
 
-import importlib.util
 import math
 from itertools import pairwise
 from typing import Any
@@ -12,6 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from megatron_multiturn.arguments import has_module
 from megatron_multiturn.attention import PackedAttention, has_varlen_kernels, packed_rows
 from megatron_multiturn.loss import loss_func, turn_report
 from megatron_multiturn.megatron_hooks import add_weight_gradient
@@ -26,13 +26,6 @@ LAYOUTS = {
     "pieces of one token alone": [1] * 512,
     "a session and padding": [300, 212],
 }
-
-
-def has_module(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:
-        return False
 
 
 KERNELS = [
@@ -73,13 +66,14 @@ def by_sdpa(
 ) -> list[torch.Tensor]:
     """Output and gradients of PyTorch's plain attention under an explicit mask.
 
-    In the manner of those who write it down plainly: keys and values once for each head, and in 16
-    bits by a fused kernel, not by the one that computes in 32 bits.
+    In the manner of those who write it down plainly: keys and values once for each head, by a fused
+    kernel, and not by the one that computes in 32 bits what it is given in 16.
     """
     q, k, v = (t.detach().clone().requires_grad_() for t in inputs[:3])
     repeats = q.shape[2] // k.shape[2]
     bounds = boundaries(layout).tolist()
-    backend = SDPBackend.EFFICIENT_ATTENTION if q.element_size() == 2 else SDPBackend.MATH
+    is_exact = q.dtype == torch.float64
+    backend = SDPBackend.MATH if is_exact else SDPBackend.EFFICIENT_ATTENTION
     outputs = []
     for row in range(2):
         seen = torch.zeros(SEQUENCE_LENGTH, SEQUENCE_LENGTH, dtype=torch.bool, device="cuda")

@@ -1,5 +1,6 @@
 """The runner as a user meets it: `torchrun -m megatron_multiturn [SCRIPT.py] ...`."""
 
+import os
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from session_fixtures import make_record, tiny_hugging_face, tiny_sentencepiece
 
 pytestmark = pytest.mark.distributed
 
+ROOT = Path(__file__).resolve().parent.parent
 FLAGS = [
     *MODEL_FLAGS,
     *"--seq-length 128 --max-position-embeddings 128 --micro-batch-size 2".split(),
@@ -134,6 +136,30 @@ def quickly_refused(*arguments: str) -> str:
     assert process.returncode == 1
     assert "Traceback" not in process.stderr
     return process.stderr
+
+
+def test_without_a_gpu_megatron_uses_nothing_that_needs_one(tmp_path: Path) -> None:
+    """It takes Transformer Engine's optimizer, say, wherever that can be imported."""
+    for name in ("transformer_engine", "apex", "amp_C", "flash_attn"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise SystemExit(f'{__name__} is loaded')")
+    program = (
+        "from megatron_multiturn import cpu; cpu.install()\n"
+        "import megatron.core.optimizer, megatron.core.extensions.transformer_engine as te\n"
+        "from megatron_multiturn.arguments import has_module\n"
+        "print(te.HAVE_TE, has_module('transformer_engine'))"
+    )
+    paths = os.pathsep.join([str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    for line, loads in ((program, False), ("import megatron.core.optimizer", True)):
+        done = subprocess.run(
+            [sys.executable, "-c", line],
+            env={**os.environ, "PYTHONPATH": paths},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert ("is loaded" in done.stderr) == loads
+        assert done.stdout.split() == ([] if loads else ["False", "False"])
 
 
 def test_missing_script_is_refused() -> None:
