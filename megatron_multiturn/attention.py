@@ -33,6 +33,7 @@ from megatron_multiturn.errors import ConfigError
 # On an H200, forward and backward break even where heads * head size * sum(piece length ** 2) is
 # 3.4e10 to 4.0e10 with heads of 128, and at 1.5e10 with heads of 64 (benchmarks/RESULTS.md).
 _BREAK_EVEN_WORK = 3.5e10
+_HOPPER = (9, 0)  # on older GPUs it may have no packed kernel at all
 
 # Transformer Engine plans its kernel anew for another number of pieces or another longest one, and
 # takes any number up to this for this; so both are rounded up to powers of two.
@@ -122,6 +123,8 @@ class PackedAttention(MegatronModule):
         super().__init__(config=config)
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         self.window = megatron.attention_window(config, layer_number)
+        if kernels == "auto" and torch.cuda.get_device_capability() < _HOPPER:
+            kernels = "torch"
         self.kernels = kernels
         self.cp_group = None
         if config.context_parallel_size > 1 and kernels != "te":

@@ -2,9 +2,12 @@
 
 import argparse
 import copy
+from typing import Any
 
 import pytest
 
+from megatron_multiturn import arguments
+from megatron_multiturn import layer_spec as layer_specs
 from megatron_multiturn.arguments import add_multiturn_args, layer_spec, prepare_args
 from megatron_multiturn.errors import ConfigError
 
@@ -66,3 +69,96 @@ def test_unknown_loss_average_is_a_usage_error(capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit):
         parser.parse_args(["--loss-average", "tokens"])
     assert "'session-token', 'prefix', 'sqrt'" in capsys.readouterr().err
+
+
+def install(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    monkeypatch.setattr(arguments, "has_module", lambda name: name in names)
+
+
+@pytest.mark.parametrize(
+    ("installed", "flags", "kernels"),
+    [
+        (["transformer_engine"], {"bf16": True}, "auto"),
+        (["transformer_engine"], {"fp16": True}, "auto"),
+        (["transformer_engine"], {}, "torch"),
+        ([], {"bf16": True}, "torch"),
+        ([], {"bf16": True, "packed_attention": "torch"}, "torch"),
+        (["transformer_engine"], {"bf16": True, "packed_attention": "te"}, "te"),
+        (["flash_attn.cute"], {"bf16": True, "packed_attention": "fa4"}, "fa4"),
+    ],
+)
+def test_the_kernels_of_attention_are_those_that_run_here(
+    args: argparse.Namespace,
+    monkeypatch: pytest.MonkeyPatch,
+    installed: list[str],
+    flags: dict[str, Any],
+    kernels: str,
+) -> None:
+    install(monkeypatch, *installed)
+    vars(args).update(flags)
+    prepare_args(args, on_cpu=False)
+    assert args.packed_attention == kernels
+    assert args.spec == ["megatron_multiturn.layer_spec", f"{kernels}_layer_spec"]
+    assert callable(getattr(layer_specs, f"{kernels}_layer_spec"))
+    assert args.piece_multiple == 1
+
+
+@pytest.mark.parametrize("kernels", ["te", "fa4"])
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_kernels_that_are_missing_are_asked_for_in_vain(
+    args: argparse.Namespace, monkeypatch: pytest.MonkeyPatch, kernels: str, on_cpu: bool
+) -> None:
+    install(monkeypatch, *(["transformer_engine", "flash_attn.cute"] if on_cpu else []))
+    args.packed_attention, args.bf16 = kernels, True
+    with pytest.raises(ConfigError, match=rf"--packed-attention {kernels} needs a GPU and .*auto"):
+        prepare_args(args, on_cpu=on_cpu)
+
+
+@pytest.mark.parametrize(("kernels", "multiple"), [("te", 8), ("auto", 1), ("torch", 1)])
+def test_pieces_are_rounded_up_where_ranks_share_them(
+    args: argparse.Namespace, monkeypatch: pytest.MonkeyPatch, kernels: str, multiple: int
+) -> None:
+    install(monkeypatch, "transformer_engine")
+    args.packed_attention, args.bf16, args.context_parallel_size = kernels, True, 4
+    args.seq_length, args.num_attention_heads, args.micro_batch_size = 4096, 16, 1
+    prepare_args(args, on_cpu=False)
+    assert args.piece_multiple == multiple
+
+
+@pytest.mark.parametrize(
+    ("installed", "flags", "loss_fused", "gradients_fused"),
+    [
+        ([], {"bf16": True}, True, True),
+        (["transformer_engine"], {"bf16": True}, False, True),
+        ([], {"bf16": True, "deterministic_mode": True}, False, True),
+        ([], {"fp16": True}, False, True),  # the fused loss gives bf16 gradients
+        ([], {}, False, True),
+        ([], {"bf16": True, "use_megatron_fsdp": True}, True, False),
+        ([], {"bf16": True, "dataset_provider": "megatron"}, False, False),
+        (["fused_weight_gradient_mlp_cuda"], {"dataset_provider": "megatron"}, False, True),
+    ],
+)
+def test_what_is_fused_without_the_libraries_that_do_it(
+    args: argparse.Namespace,
+    monkeypatch: pytest.MonkeyPatch,
+    installed: list[str],
+    flags: dict[str, Any],
+    loss_fused: bool,
+    gradients_fused: bool,
+) -> None:
+    install(monkeypatch, *installed)
+    vars(args).update(flags)
+    prepare_args(args, on_cpu=False)
+    assert args.cross_entropy_loss_fusion == loss_fused
+    assert args.gradient_accumulation_fusion == gradients_fused
+
+
+def test_nothing_is_fused_on_a_cpu(
+    args: argparse.Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, "transformer_engine", "fused_weight_gradient_mlp_cuda")
+    args.bf16 = True
+    prepare_args(args, on_cpu=True)
+    assert not args.cross_entropy_loss_fusion
+    assert not args.gradient_accumulation_fusion
+    assert args.packed_attention == "torch"

@@ -196,6 +196,7 @@ class TeAttention:
 def te_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(megatron_compat, "te_attention_class", lambda: TeAttention)
     monkeypatch.setattr(attention, "has_varlen_kernels", lambda query: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(
         PackedAttention,
         "_by_varlen_attn",
@@ -219,6 +220,16 @@ def test_the_kernel_is_chosen_by_the_work(
         out.double(), reference(q.double(), k.double(), v.double()), rtol=1e-5, atol=1e-6
     )
     assert TeAttention.num_calls == num_calls
+
+
+@pytest.mark.usefixtures("te_on_cpu")
+def test_on_older_gpus_it_is_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_BREAK_EVEN_WORK", 0)
+    q, k, v = random_qkv(4, 2)
+    for capability, num_calls in (((8, 0), 0), ((9, 0), 1)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda found=capability: found)
+        packed_attention(4, 2, "auto")(q, k, v, None, packed_seq_params=rows())
+        assert TeAttention.num_calls == num_calls
 
 
 @pytest.mark.usefixtures("te_on_cpu")
