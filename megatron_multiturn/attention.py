@@ -28,6 +28,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from megatron_multiturn import megatron_compat as megatron
 from megatron_multiturn.batch import to_device
 from megatron_multiturn.errors import ConfigError
+from megatron_multiturn.saved_output import attend_and_reorder
 
 # Transformer Engine's kernel is the faster one per pair of positions and the slower one to launch.
 # On an H200, forward and backward break even where heads * head size * sum(piece length ** 2) is
@@ -175,20 +176,21 @@ class PackedAttention(MegatronModule):
             return self._by_te(query, key, value, packed_seq_params, attn_mask_type)
         if self.cp_group is not None:
             query, key, value = exchange_positions_for_heads(query, key, value, self.cp_group)
-        s, b, h, d = query.shape
+        _, b, h, d = query.shape
         # [s, b, h, d] -> [b * s, h, d]: rows end to end, as the boundaries count them. What is
         # kept for the backward pass must be no view of all three.
         q, k, v = (t.transpose(0, 1).flatten(0, 1).contiguous() for t in (query, key, value))
-        if not has_varlen_kernels(q):
-            out = self._by_piece(q, k, v, packed_seq_params)
-        elif self._prefers_te(packed_seq_params.squared_lengths * h * d):
-            out = self._by_te(q, k, v, packed_seq_params, attn_mask_type)
-        elif self.kernels == "fa4":
-            out = self._by_flash_attention_4(q, k, v, packed_seq_params)
-        else:
-            out = self._by_varlen_attn(q, k, v, packed_seq_params)
-        # [b * s, h, d] -> [s, b, h, d]
-        out = out.reshape(b, s, h, d).transpose(0, 1)
+
+        def attend() -> Tensor:
+            if not has_varlen_kernels(q):
+                return self._by_piece(q, k, v, packed_seq_params)
+            if self._prefers_te(packed_seq_params.squared_lengths * h * d):
+                return self._by_te(q, k, v, packed_seq_params, attn_mask_type)
+            if self.kernels == "fa4":
+                return self._by_flash_attention_4(q, k, v, packed_seq_params)
+            return self._by_varlen_attn(q, k, v, packed_seq_params)
+
+        out = attend_and_reorder(attend, b, d)
         if self.cp_group is not None:
             out = exchange_heads_for_positions(out, self.cp_group)
         return out.flatten(2).contiguous()
@@ -260,7 +262,8 @@ class PackedAttention(MegatronModule):
                     enable_gqa=query.shape[1] != key.shape[1],
                 )
             )
-        return torch.cat(outputs, dim=2).squeeze(0).transpose(0, 1)
+        # [1, h, b * s, d] -> [b * s, h, d]
+        return torch.cat(outputs, dim=2).squeeze(0).transpose(0, 1).contiguous()
 
     def _window_mask(self, length: int, device: torch.device) -> Tensor | None:
         """bool (length, length), True where a query sees a key; None if it sees all before it."""

@@ -19,7 +19,17 @@ ORDER = (
     *("index_file", "manifest", "store"),
     # dataset -> rows -> training
     *("cutting", "windows", "packing", "averages", "samples", "plan_cache", "dataset"),
-    *("batch", "attention", "layer_spec", "loss", "moe", "mtp", "provider", "forward"),
+    *(
+        "batch",
+        "saved_output",
+        "attention",
+        "layer_spec",
+        "loss",
+        "moe",
+        "mtp",
+        "provider",
+        "forward",
+    ),
     *("refusal", "attention_refusals", "refusals", "arguments"),
     *("cpu", "recording", "__main__"),
     # commands
