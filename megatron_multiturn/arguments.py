@@ -85,6 +85,7 @@ def prepare_args(args: argparse.Namespace, *, on_cpu: bool) -> list[str]:
     if args.dataset_provider != "megatron":
         notices += _fit_kernels(args, on_cpu=on_cpu)
         check_args(args)
+        _require_kernels(args)
         # With its own context parallelism, Transformer Engine's ranks share every piece.
         shared = args.packed_attention == "te" and args.context_parallel_size > 1
         args.piece_multiple = 2 * args.context_parallel_size if shared else 1
@@ -102,25 +103,35 @@ def layer_spec(packed_attention: str) -> list[str]:
 
 def _fit_kernels(args: argparse.Namespace, *, on_cpu: bool) -> list[str]:
     """Settle on kernels that run here, in place."""
-    has_te = not on_cpu and has_module("transformer_engine")
-    if args.packed_attention == "te" and not has_te:
-        raise ConfigError(
-            "--packed-attention te needs a GPU and Transformer Engine, which is not installed or "
-            "cannot be used here; pass --packed-attention auto"
-        )
-    if args.packed_attention == "fa4" and (on_cpu or not has_module("flash_attn.cute")):
-        raise ConfigError(
-            "--packed-attention fa4 needs a GPU and FlashAttention 4 (flash_attn.cute), which is "
-            "not installed or cannot be used here; pass --packed-attention auto"
-        )
-    if args.packed_attention == "auto" and not (has_te and (args.bf16 or args.fp16)):
+    notices = []
+    if on_cpu and args.packed_attention in ("te", "fa4"):
+        notices.append(f"NO GPU: --packed-attention torch in place of {args.packed_attention}")
+        if args.packed_attention == "te" and args.context_parallel_size > 1:
+            notices.append("so pieces are not rounded up, and rows are packed otherwise")
+        args.packed_attention = "torch"
+    # Transformer Engine's attention has conditions of its own for these two.
+    plain = not (args.deterministic_mode or args.apply_query_key_layer_scaling)
+    te_runs = has_module("transformer_engine") and (args.bf16 or args.fp16) and plain
+    if args.packed_attention == "auto" and (on_cpu or not te_runs):
         args.packed_attention = "torch"
     fusible = args.bf16 and not on_cpu and not args.deterministic_mode
     if args.transformer_impl == "local" and fusible and not args.cross_entropy_loss_fusion:
         # In bf16 the two give the same gradient; Megatron's fused one gives bf16 in any case.
         args.cross_entropy_loss_fusion = True
-        return ["--cross-entropy-loss-fusion is turned on"]
-    return []
+        notices.append("--cross-entropy-loss-fusion is turned on")
+    return notices
+
+
+def _require_kernels(args: argparse.Namespace) -> None:
+    for kernels, module, name in (
+        ("te", "transformer_engine", "Transformer Engine"),
+        ("fa4", "flash_attn.cute", "FlashAttention 4"),
+    ):
+        if args.packed_attention == kernels and not has_module(module):
+            raise ConfigError(
+                f"--packed-attention {kernels} needs {name} ({module}), which is not installed; "
+                "install it, or pass --packed-attention auto"
+            )
 
 
 def _fit_evaluation(args: argparse.Namespace) -> list[str]:
@@ -143,7 +154,7 @@ def has_module(name: str) -> bool:
     """Whether a module can be imported here."""
     try:
         return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # of the package that should hold it
+    except ImportError:  # of the package that should hold it
         return False
 
 
@@ -160,7 +171,8 @@ def _fit_to_machine(args: argparse.Namespace, *, on_cpu: bool) -> list[str]:
         args.masked_softmax_fusion = False
     # Without Apex the runner has another way, for its own provider's runs on GPUs.
     stock = args.dataset_provider == "megatron"
-    fusible = not on_cpu and (has_apex() or not (stock or args.use_megatron_fsdp))
+    other_way = not (stock or args.use_megatron_fsdp or args.defer_embedding_wgrad_compute)
+    fusible = not on_cpu and (has_apex() or other_way)
     if args.gradient_accumulation_fusion and not fusible:
         args.gradient_accumulation_fusion = False
         notices.append("no Apex: --no-gradient-accumulation-fusion")

@@ -68,6 +68,8 @@ def packed_rows(
     host_boundaries = boundaries.tolist()
     lengths = [stop - start for start, stop in pairwise(host_boundaries)]
     planned_pieces = max(_FEWEST_PLANNED_PIECES, 1 << (len(lengths) - 1).bit_length())
+    if cuts_pieces:
+        planned_pieces = len(lengths)  # its exchange of heads waits for the device for every piece
     planned_length = min(1 << (max(lengths) - 1).bit_length(), host_boundaries[-1])
     ends = boundaries[-1:].expand(planned_pieces - len(lengths))
     on_device = to_device(torch.cat([boundaries, ends]), device)
@@ -124,8 +126,10 @@ class PackedAttention(MegatronModule):
         super().__init__(config=config)
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         self.window = megatron.attention_window(config, layer_number)
-        if kernels == "auto" and torch.cuda.get_device_capability() < _HOPPER:
-            kernels = "torch"
+        if kernels == "auto" and (
+            self.window is not None or torch.cuda.get_device_capability() < _HOPPER
+        ):
+            kernels = "torch"  # the break-even is not known
         self.kernels = kernels
         self.cp_group = None
         if config.context_parallel_size > 1 and kernels != "te":

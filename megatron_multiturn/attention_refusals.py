@@ -21,6 +21,16 @@ def _rings(a: Flags) -> bool:
     return cp_size(a) > 1 and a.packed_attention == "te"
 
 
+def _embeds_positions_slowly(a: Flags) -> bool:
+    rotary = a.use_rotary_position_embeddings or a.position_embedding_type in ("rope", "yarn")
+    fused = a.apply_rope_fusion and a.position_embedding_type != "yarn"
+    return bool(_rings(a) and rotary and not fused)
+
+
+def _sees_later_positions(a: Flags) -> bool:
+    return a.window_size is not None and a.window_size[1] > 0
+
+
 def _splits_heads(a: Flags) -> bool:
     if _rings(a) and as_set(a.cp_comm_type) <= {"p2p"}:
         return False
@@ -87,6 +97,12 @@ ATTENTION_REFUSALS = (
         "pass --bf16, or --packed-attention auto",
     ),
     Refusal(
+        "--window-size with a second number above 0",
+        _sees_later_positions,
+        "a position would see later ones, which it is to predict",
+        "pass --window-size N,0",
+    ),
+    Refusal(
         "--multi-latent-attention",
         lambda a: a.multi_latent_attention,
         "packed attention wants keys and values of one head size",
@@ -121,7 +137,7 @@ ATTENTION_REFUSALS = (
         _splits_groups,
         "{num_query_groups} groups over {tensor_model_parallel_size} tensor parallel ranks leave "
         "each a number that {context_parallel_size} context parallel ranks cannot share evenly",
-        "make groups / TP a multiple or a divisor of CP",
+        "make groups / TP a multiple of CP (or, without --packed-attention te, a divisor)",
     ),
     Refusal(
         "--seq-length with --context-parallel-size or --sequence-parallel",
@@ -130,21 +146,22 @@ ATTENTION_REFUSALS = (
         "pass a multiple of 2 * CP, and with --sequence-parallel of CP * TP",
     ),
     Refusal(
-        "--packed-attention te with --context-parallel-size and --micro-batch-size above 1",
-        lambda a: _rings(a) and (a.micro_batch_size or 1) > 1,
+        "--packed-attention te with --context-parallel-size, and --micro-batch-size or "
+        "--eval-micro-batch-size above 1",
+        lambda a: _rings(a) and max(a.micro_batch_size or 1, a.eval_micro_batch_size or 1) > 1,
         "Transformer Engine's ranks share the pieces of one row",
-        "pass --micro-batch-size 1 and a longer --seq-length, or --packed-attention auto",
+        "pass 1 and a longer --seq-length, or --packed-attention auto",
     ),
     Refusal(
-        "--packed-attention te with --context-parallel-size, and --transformer-impl local or "
-        "--no-rope-fusion",
-        lambda a: _rings(a) and a.position_embedding_type == "rope" and not a.apply_rope_fusion,
+        "--packed-attention te with --context-parallel-size, and --transformer-impl local, "
+        "--no-rope-fusion or --position-embedding-type yarn",
+        _embeds_positions_slowly,
         "without its kernel Megatron waits for the device in every layer to embed the positions",
         "pass --packed-attention auto",
     ),
     Refusal(
         "--packed-attention te and --window-size with --context-parallel-size",
-        lambda a: _rings(a) and a.window_size is not None and "a2a" not in as_set(a.cp_comm_type),
+        lambda a: _rings(a) and a.window_size is not None and as_set(a.cp_comm_type) != {"a2a"},
         "Transformer Engine's ring has no sliding window",
         "pass --cp-comm-type a2a, or --packed-attention auto",
     ),

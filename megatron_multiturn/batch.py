@@ -85,9 +85,17 @@ def join_boundaries(rows: Mapping[str, Tensor], row_shape: RowShape) -> Tensor:
     """The collated rows' `cu_seqlens` (b, n) as those of the rows laid end to end.
 
     int32 (b * (n - 1) + 1,), from 0 to b * s; the end of a row is repeated as its padding was.
+    Raises DatasetError where a row's do not rise from 0 to s.
     """
     num_rows, length = len(rows["tokens"]), row_shape.sequence_length
     bounds = _checked(rows, "cu_seqlens", (num_rows, row_shape.num_boundaries))
+    wrong = (bounds[:, 0] != 0) | (bounds[:, -1] != length) | (bounds.diff() < 0).any(dim=1)
+    if wrong.any():
+        row = bounds[wrong][0].tolist()
+        raise DatasetError(
+            f"a row's 'cu_seqlens' is {row}; it must rise from 0 to --seq-length {length}, which "
+            "is repeated to the end"
+        )
     row_starts = torch.arange(num_rows, dtype=torch.int32).unsqueeze(1) * length
     return torch.cat([bounds.new_zeros(1), (bounds[:, 1:] + row_starts).flatten()]).int()
 

@@ -82,6 +82,12 @@ def prepare_both(
         notices.append(f"in batches of {max(sizes)} rows, the largest that are scheduled")
     given = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
     if dtype == "float32":
+        if args.packed_attention == "te" and args.context_parallel_size > 1:
+            raise ConfigError(
+                "--packed-attention te with --context-parallel-size: Transformer Engine's context "
+                "parallelism does not run in float32; check the job with --check-dtype given, or "
+                "with --packed-attention auto, which cuts rows over ranks in another way"
+            )
         _reset(args, parser, _LOW_PRECISION)
         if given != "float32":
             notices.append(f"in float32; the job's own is {given} (--check-dtype given)")

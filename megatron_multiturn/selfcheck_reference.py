@@ -71,13 +71,21 @@ class PieceAttention(torch.nn.Module):
                 for t in (query, key, value)
             )
             k, v = (t.repeat_interleave(h // t.shape[1], dim=1) for t in (k, v))
-            position = torch.arange(stop - start, device=q.device)
-            distance = position.unsqueeze(1) - position
-            seen = (distance >= 0) & (distance <= (stop if self.window is None else self.window))
-            out = scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=self.softmax_scale)
+            seen = self._window_mask(stop - start, q.device)
+            out = scaled_dot_product_attention(
+                q, k, v, attn_mask=seen, is_causal=seen is None, scale=self.softmax_scale
+            )
             outputs.append(out.squeeze(0).transpose(0, 1))
         # [b * s, h, d] -> [s, b, h * d]
         return torch.cat(outputs).view(b, s, h * d).transpose(0, 1).contiguous()
+
+    def _window_mask(self, length: int, device: torch.device) -> Tensor | None:
+        """Which keys (columns) a query sees; None where that is all keys before it."""
+        if self.window is None or self.window >= length - 1:
+            return None
+        position = torch.arange(length, device=device)
+        distance = position.unsqueeze(1) - position
+        return (distance >= 0) & (distance <= self.window)
 
 
 def piecewise_layer_spec(model_config: Any, vp_stage: int | None = None) -> Any:

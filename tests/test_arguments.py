@@ -104,14 +104,40 @@ def test_the_kernels_of_attention_are_those_that_run_here(
 
 
 @pytest.mark.parametrize("kernels", ["te", "fa4"])
-@pytest.mark.parametrize("on_cpu", [True, False])
 def test_kernels_that_are_missing_are_asked_for_in_vain(
-    args: argparse.Namespace, monkeypatch: pytest.MonkeyPatch, kernels: str, on_cpu: bool
+    args: argparse.Namespace, monkeypatch: pytest.MonkeyPatch, kernels: str
 ) -> None:
-    install(monkeypatch, *(["transformer_engine", "flash_attn.cute"] if on_cpu else []))
+    install(monkeypatch)
     args.packed_attention, args.bf16 = kernels, True
-    with pytest.raises(ConfigError, match=rf"--packed-attention {kernels} needs a GPU and .*auto"):
-        prepare_args(args, on_cpu=on_cpu)
+    with pytest.raises(
+        ConfigError, match=rf"--packed-attention {kernels} needs .*install it.*auto"
+    ):
+        prepare_args(args, on_cpu=False)
+    args.attention_dropout = 0.1  # first of all that is wrong with the flags
+    with pytest.raises(ConfigError, match="--attention-dropout above 0"):
+        prepare_args(args, on_cpu=False)
+
+
+@pytest.mark.parametrize("kernels", ["te", "fa4"])
+def test_a_dry_run_on_a_cpu_takes_what_is_there(args: argparse.Namespace, kernels: str) -> None:
+    args.packed_attention, args.bf16, args.context_parallel_size = kernels, True, 2
+    args.seq_length, args.num_attention_heads, args.micro_batch_size = 4096, 16, 2
+    notices = prepare_args(args, on_cpu=True)
+    assert args.packed_attention == "torch"
+    assert args.piece_multiple == 1
+    assert f"NO GPU: --packed-attention torch in place of {kernels}" in notices
+    assert any("rows are packed otherwise" in notice for notice in notices) == (kernels == "te")
+
+
+@pytest.mark.parametrize("name", ["deterministic_mode", "apply_query_key_layer_scaling"])
+def test_auto_leaves_alone_what_transformer_engine_has_conditions_for(
+    args: argparse.Namespace, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    install(monkeypatch, "transformer_engine")
+    args.bf16 = True
+    setattr(args, name, True)
+    prepare_args(args, on_cpu=False)
+    assert args.packed_attention == "torch"
 
 
 @pytest.mark.parametrize(("kernels", "multiple"), [("te", 8), ("auto", 1), ("torch", 1)])
@@ -134,6 +160,7 @@ def test_pieces_are_rounded_up_where_ranks_share_them(
         ([], {"fp16": True}, False, True),  # the fused loss gives bf16 gradients
         ([], {}, False, True),
         ([], {"bf16": True, "use_megatron_fsdp": True}, True, False),
+        ([], {"bf16": True, "defer_embedding_wgrad_compute": True}, True, False),
         ([], {"bf16": True, "dataset_provider": "megatron"}, False, False),
         (["fused_weight_gradient_mlp_cuda"], {"dataset_provider": "megatron"}, False, True),
     ],

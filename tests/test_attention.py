@@ -233,6 +233,26 @@ def test_on_older_gpus_it_is_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("te_on_cpu")
+def test_within_a_window_it_is_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_BREAK_EVEN_WORK", 0)
+    q, k, v = random_qkv(4, 2)
+    layer = packed_attention(4, 2, "auto", window_size=(3, 0))
+    out = layer(q, k, v, None, packed_seq_params=rows())
+    assert TeAttention.num_calls == 0
+    expected = reference(q.double(), k.double(), v.double(), 3)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_pieces_that_ranks_share_are_planned_as_they_are() -> None:
+    """Transformer Engine's exchange of heads waits for the device for every one of them."""
+    shared = packed_rows(BOUNDARIES, sequence_length=26, device="cpu", cuts_pieces=True)
+    assert shared.qkv_format == "thd"
+    assert shared.planned is not None
+    assert shared.planned.cu_seqlens_q.tolist() == BOUNDARIES.tolist()
+    assert shared.planned.cu_seqlens_q_padded is shared.planned.cu_seqlens_q
+
+
+@pytest.mark.usefixtures("te_on_cpu")
 def test_the_backward_pass_keeps_no_view_of_queries_keys_and_values_together() -> None:
     """Megatron splits them out of one tensor, which a view would keep whole."""
     mixed = torch.randn(SEQUENCE_LENGTH, 1, 3 * 4, HEAD_SIZE, requires_grad=True) + 0

@@ -1,6 +1,7 @@
 """The wire format of a micro-batch: what goes in comes out, in shape, type and value."""
 
 import math
+import re
 from dataclasses import fields, replace
 from itertools import pairwise
 
@@ -76,6 +77,27 @@ def test_rows_of_another_shape_are_refused() -> None:
     del wrong["cu_seqlens"]
     with pytest.raises(DatasetError, match=r"'cu_seqlens' has shape None.*sample contract"):
         join_boundaries(wrong, SHAPE)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        [2, 4, 7, 7],  # does not begin at 0
+        [0, 3, 5, 5],  # the padding at the end left out
+        [0, 3, 7, 0],  # padded with something else
+        [0, 3, 7, -1],
+        [0, 5, 3, 7],  # falls
+        [0, 3, 9, 9],  # ends in the next row
+    ],
+)
+def test_boundaries_that_are_not_those_of_a_row_are_refused(wrong: list[int]) -> None:
+    """They would merge pieces, or make one of two rows, without a word."""
+    sent = rows(2)
+    sent["cu_seqlens"] = torch.tensor([[0, 3, 3, 7], wrong], dtype=torch.int32)
+    with pytest.raises(
+        DatasetError, match=rf"{re.escape(str(wrong))}; it must rise from 0 to .* 7"
+    ):
+        join_boundaries(sent, SHAPE)
 
 
 @pytest.mark.parametrize("cp_size", [2, 4])

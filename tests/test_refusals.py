@@ -63,6 +63,7 @@ REFUSED: dict[str, list[Change]] = {
     "--attention-dropout": [{"attention_dropout": 0.1}],
     "--softmax-type": [{"softmax_type": "learnable"}],
     "--packed-attention te or fa4 in 32": [{"packed_attention": "te"}, {"packed_attention": "fa4"}],
+    "--window-size with a second": [{"window_size": (128, 5)}],
     "--multi-latent-attention": [{"multi_latent_attention": True}],
     "--qk-clip": [{"qk_clip": True}, {"log_max_attention_logit": True}],
     "--cuda-graph-impl": [
@@ -103,14 +104,19 @@ REFUSED: dict[str, list[Change]] = {
             "seq_length": 4104,
         },
     ],
-    "--packed-attention te with --context-parallel-size and --micro": [
-        {**_TE_RING, "micro_batch_size": 2}
+    "--packed-attention te with --context-parallel-size, and --micro": [
+        {**_TE_RING, "micro_batch_size": 2},
+        {**_TE_RING, "micro_batch_size": 1, "eval_micro_batch_size": 2},
     ],
     "--packed-attention te with --context-parallel-size, and --tr": [
-        {**_TE_RING, "position_embedding_type": "rope", "apply_rope_fusion": False}
+        {**_TE_RING, "position_embedding_type": "rope", "apply_rope_fusion": False},
+        {**_TE_RING, "use_rotary_position_embeddings": True, "apply_rope_fusion": False},
+        {**_TE_RING, "position_embedding_type": "yarn", "apply_rope_fusion": True},
     ],
     "--packed-attention te and --window-size": [
-        {**_TE_RING, "window_size": (128, 0), "cp_comm_type": "p2p"}
+        {**_TE_RING, "window_size": (128, 0), "cp_comm_type": "p2p"},
+        {**_TE_RING, "window_size": (128, 0), "cp_comm_type": ["a2a", "p2p"]},
+        {**_TE_RING, "window_size": (128, 0)},
     ],
     "--moe-router-load-balancing-type": [
         {**_MOE, "moe_router_load_balancing_type": "sinkhorn"},
