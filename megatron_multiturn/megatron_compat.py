@@ -68,12 +68,17 @@ def get_blends(args: argparse.Namespace) -> tuple[Any, Any]:
 
 def scheduled_batch_sizes(args: argparse.Namespace) -> list[int]:
     """The sizes that `--step-batch-size-schedule` gives the global batch one after the other."""
+    return [size for _, size in batch_size_thresholds(args)]
+
+
+def batch_size_thresholds(args: argparse.Namespace) -> list[tuple[int, int]]:
+    """The same, each with the number of rows that must be consumed for it."""
     if not getattr(args, "step_batch_size_schedule", None):
         return []
     from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
 
     parse = StepBatchsizeNumMicroBatchesCalculator._parse_schedule
-    return [size for _, size in parse(args.step_batch_size_schedule, args.seq_length)]
+    return parse(args.step_batch_size_schedule, args.seq_length)
 
 
 def tensor_parallel_group() -> Any:
@@ -132,6 +137,13 @@ def num_micro_batches() -> int:
     from megatron.core.num_microbatches_calculator import get_num_microbatches
 
     return int(get_num_microbatches())
+
+
+def rows_after_this_step(args: argparse.Namespace) -> int:
+    """Rows that will have been trained on after the present training step."""
+    from megatron.core.num_microbatches_calculator import get_current_global_batch_size
+
+    return int(args.consumed_train_samples + get_current_global_batch_size())
 
 
 def all_to_all(group: Any, tensor: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ position i predicts token i + 1 and the last token is only ever a label.
 """
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +45,10 @@ class PieceTable:
         system_stop, start, _, stop = self.spans.T
         positions: NDArray[np.int32] = system_stop + stop - start - 1
         return positions
+
+    def spans_of(self, pieces: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
+        """system_stop, start, target_start, stop of some pieces; (len(pieces), 4)."""
+        return self.spans[pieces]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,6 +19,7 @@ ORDER = (
     *("index_file", "manifest", "store"),
     # dataset -> rows -> training
     *("cutting", "windows", "packing", "averages", "samples", "plan_cache", "dataset"),
+    *("batches", "balance", "blends", "row_order", "epochs", "resume"),
     *("batch", "attention", "layer_spec", "loss", "moe", "mtp", "provider", "forward"),
     *("refusal", "attention_refusals", "refusals", "arguments"),
     *("cpu", "recording", "__main__"),
@@ -32,7 +33,7 @@ ORDER = (
 
 PURE = (
     *("errors", "modes", "records", "messages", "sessions", "templates"),
-    *("cutting", "windows", "packing", "averages", "samples"),
+    *("cutting", "windows", "packing", "averages", "samples", "batches", "balance", "blends"),
 )
 HEAVY = ("megatron", "sentencepiece", "torch", "transformers")
 
