@@ -148,8 +148,8 @@ def _set_training_length(args: argparse.Namespace) -> str:
     """Turn --train-epochs into what Megatron knows, in place."""
     if args.dataset_provider != "multiturn":
         raise ConfigError(
-            f"--train-epochs: the epochs of --dataset-provider {args.dataset_provider} are not known; "
-            "pass --train-iters"
+            f"--train-epochs: --dataset-provider {args.dataset_provider} does not say how long an "
+            "epoch is; pass --train-iters"
         )
     # Not for --help.
     from megatron_multiturn.epochs import set_training_length
