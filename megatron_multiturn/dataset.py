@@ -20,7 +20,8 @@ from megatron_multiturn.errors import DatasetError
 from megatron_multiturn.packing import PackPlan, pack
 from megatron_multiturn.plan_cache import PlanKey, cached_plan
 from megatron_multiturn.samples import RowFormat, build_row
-from megatron_multiturn.store import SessionStore, TokenizerIdentity
+from megatron_multiturn.store import SessionStore
+from megatron_multiturn.vocabulary import TokenizerIdentity
 from megatron_multiturn.windows import CutReport, PieceTable, cut_sessions
 
 # Masks and boundaries come from the data, never from ids, so any id serves as padding.
@@ -125,13 +126,10 @@ class MultiTurnDataset(MegatronDataset):
 
     def __getitem__(self, idx: int) -> dict[str, NDArray[Any]]:
         """Row `idx`: the arrays of the sample contract, see `samples.build_row`."""
-        pieces = self.plan.pieces_of_row(idx)
-        sessions = self.plan.pieces.session[pieces]
-        return build_row(
-            [self.dataset.session(int(session)) for session in sessions],
-            self.plan.pieces.spans[pieces],
-            self._row_format,
-        )
+        row_pieces = self.plan.pieces_of_row(idx)
+        spans = self.plan.pieces.spans_of(row_pieces)
+        pieces = self.dataset.read_pieces(self.plan.pieces.session[row_pieces], spans)
+        return build_row(pieces, spans, self._row_format)
 
     def set_num_boundaries(self, num_boundaries: int) -> None:
         """Lengthen `cu_seqlens` to what the largest dataset of the run needs."""
@@ -238,4 +236,4 @@ def _cut(
             f"the {split_name} split of {store.prefix} fills no row ({report}); raise "
             "--seq-length or pass --long-session window"
         )
-    return replace(pieces, session=pieces.session + sessions.start), report
+    return replace(pieces, session=pieces.session + np.int32(sessions.start)), report

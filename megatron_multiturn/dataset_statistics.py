@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from megatron_multiturn.averages import LOSS_AVERAGES, weigh_turns
 from megatron_multiturn.packing import PackStats
-from megatron_multiturn.samples import target_runs
+from megatron_multiturn.targets import target_runs
 from megatron_multiturn.store import SessionStore
 from megatron_multiturn.windows import CutReport
 

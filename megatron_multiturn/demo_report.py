@@ -139,7 +139,7 @@ def _seen(plan: PackPlan, store: SessionStore, num_rows: int) -> tuple[int, int]
     pieces, times = np.unique(used, return_counts=True)
     turns = tokens = 0
     for piece, count in zip(pieces.tolist(), times.tolist(), strict=True):
-        system_stop, start, target_start, stop = plan.pieces.spans[piece].tolist()
+        system_stop, start, target_start, stop = plan.pieces.spans_of(np.array([piece]))[0].tolist()
         session = store.session(int(plan.pieces.session[piece]))
         lengths = session.segment_lengths.astype(np.int64)
         begins = np.cumsum(lengths) - lengths

@@ -173,7 +173,7 @@ def _shown_pieces(
     store: SessionStore, table: PieceTable, indices: NDArray[np.int64]
 ) -> list[ShownPiece]:
     sessions = table.session[indices].tolist()
-    spans = table.spans[indices].tolist()
+    spans = table.spans_of(indices).tolist()
     return [
         ShownPiece(session_index=number, session=store.session(number), span=tuple(span))
         for number, span in zip(sessions, spans, strict=True)

@@ -72,7 +72,7 @@ def cached_plan(folder: str | Path, key: PlanKey, build: Callable[[], PackPlan])
 
 
 def _array_paths(stem: Path) -> dict[str, Path]:
-    names = ("row_offsets", "row_pieces", "piece_session", "piece_spans")
+    names = ("row_offsets", "row_pieces", "session", "num_tokens", "cut_spans")
     return {name: stem.with_name(f"{stem.name}-{name}.npy") for name in names}
 
 
@@ -93,7 +93,11 @@ def _load(stem: Path) -> PackPlan | None:
     return PackPlan(
         row_offsets=arrays["row_offsets"],
         row_pieces=arrays["row_pieces"],
-        pieces=PieceTable(session=arrays["piece_session"], spans=arrays["piece_spans"]),
+        pieces=PieceTable(
+            session=arrays["session"],
+            num_tokens=arrays["num_tokens"],
+            cut_spans=arrays["cut_spans"],
+        ),
         stats=PackStats(**description["stats"]),
     )
 
@@ -102,8 +106,9 @@ def _save(stem: Path, plan: PackPlan, key: PlanKey) -> None:
     arrays: dict[str, NDArray[Any]] = {
         "row_offsets": plan.row_offsets,
         "row_pieces": plan.row_pieces,
-        "piece_session": plan.pieces.session,
-        "piece_spans": plan.pieces.spans,
+        "session": plan.pieces.session,
+        "num_tokens": plan.pieces.num_tokens,
+        "cut_spans": plan.pieces.cut_spans,
     }
     for name, path in _array_paths(stem).items():
         with _atomic(path) as temporary:

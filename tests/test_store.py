@@ -14,7 +14,9 @@ from megatron_multiturn.encoding import EncodedSession
 from megatron_multiturn.errors import ConfigError, DatasetError
 from megatron_multiturn.index_file import read_index, smallest_token_dtype, write_index
 from megatron_multiturn.manifest import InputFile, TemplateIdentity
-from megatron_multiturn.store import SessionStore, SessionWriter, TokenizerIdentity, count_targets
+from megatron_multiturn.session_writer import SessionWriter, count_targets
+from megatron_multiturn.store import SessionStore
+from megatron_multiturn.vocabulary import TokenizerIdentity
 
 TEMPLATE = TemplateIdentity(name="firefly", content_hash="t" * 8)
 
