@@ -109,10 +109,13 @@ def read_long_sessions(segment_index: SegmentIndex, sessions: NDArray[np.int64])
     session_end = ends[stops - 1]
     session_begin = begins[starts]
     session_of_segment = np.repeat(np.arange(len(sessions)), num_segments)
-    system_stop = session_begin.copy()
+    last_system = starts - 1  # the last segment of the leading system message
     system = np.flatnonzero(is_context_with(modes, LEADING_SYSTEM))
-    np.maximum.at(system_stop, session_of_segment[system], ends[system])
-    message_starts = begins[is_context_with(modes, MESSAGE_START)]
+    last_system[session_of_segment[system]] = system  # of several the last one stays
+    system_stop = np.where(last_system < starts, session_begin, ends[last_system])
+    may_open = np.append(is_context_with(modes, MESSAGE_START), False)
+    may_open[starts] = True
+    may_open[last_system + 1] = True  # of the next session, if this one is all system message
 
     runs = target_runs(num_segments, segment_lengths, modes)
     run_end = runs.end + session_begin[runs.session]
@@ -122,7 +125,7 @@ def read_long_sessions(segment_index: SegmentIndex, sessions: NDArray[np.int64])
         begin=session_begin,
         length=session_end - session_begin,
         system_length=system_stop - session_begin,
-        openings=np.unique(np.concatenate([session_begin, system_stop, message_starts])),
+        openings=begins[may_open[:-1]],
         run_begin=run_begin,
         run_end=run_end,
         turn_begin=run_begin[runs.first_run],

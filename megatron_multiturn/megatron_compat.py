@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from megatron.core.datasets import indexed_dataset, object_storage_utils
 from megatron.core.datasets.indexed_dataset import (
     IndexedDataset,
     IndexedDatasetBuilder,
@@ -32,17 +31,14 @@ def build_megatron_tokenizer(args: argparse.Namespace) -> Any:
     return build_tokenizer(args)
 
 
-def is_object_storage_path(path: str) -> bool:
-    """Whether `path` is one of those (s3://, msc://) that Megatron reads from object storage."""
-    return object_storage_utils.is_object_storage_path(path)
-
-
 def object_storage_reader(path: str) -> Any:
     """Megatron's reader of a .bin in object storage: read(dtype, count, offset in bytes).
 
     It asks for what is read and no more: sessions of a row lie far apart, and of the 256 MiB
     that Megatron's S3 reader takes at a time next to nothing would be used.
     """
+    from megatron.core.datasets import indexed_dataset, object_storage_utils
+
     config = object_storage_utils.ObjectStorageConfig(path_to_idx_cache="", bin_chunk_nbytes=1)
     access = object_storage_utils.get_object_storage_access(path)
     return indexed_dataset.OBJECT_STORAGE_BIN_READERS[access](path, config)
@@ -53,6 +49,8 @@ def download_object(remote_path: str, local_path: str) -> None:
 
     Megatron's `cache_index_file` copies on global rank 0 alone, and no other node has it then.
     """
+    from megatron.core.datasets import object_storage_utils
+
     if object_storage_utils.get_object_storage_access(remote_path) == "s3":
         client = object_storage_utils.boto3.client("s3")
         try:

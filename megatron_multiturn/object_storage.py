@@ -5,8 +5,14 @@ from pathlib import Path
 
 from megatron_multiturn.errors import DatasetError
 from megatron_multiturn.manifest import manifest_path, read_manifest
-from megatron_multiturn.megatron_compat import download_object
 from megatron_multiturn.shared_files import atomic, locked
+
+_SCHEMES = ("s3://", "msc://")
+
+
+def is_in_object_storage(prefix: str) -> bool:
+    """Whether `prefix` is of a kind that Megatron reads from object storage."""
+    return prefix.startswith(_SCHEMES)
 
 
 def fetch_index(prefix: str, cache_folder: str | None) -> str:
@@ -45,6 +51,8 @@ def fetch_index(prefix: str, cache_folder: str | None) -> str:
 
 
 def _download(remote: str, local: Path) -> None:
+    from megatron_multiturn.megatron_compat import download_object
+
     try:
         download_object(remote, str(local))
     except Exception as error:  # each client raises errors of its own

@@ -90,8 +90,11 @@ def pack(
     piece_multiple: int = 1,
     seed: int,
     num_epochs: int = 1,
+    at_least_rows: int = 0,
 ) -> PackPlan:
-    """Plans `num_epochs` epochs; every epoch holds every piece exactly once.
+    """Plans `num_epochs` epochs, or more until there are `at_least_rows` rows.
+
+    Every epoch holds every piece exactly once.
 
     Each piece fills `piece_multiple * ceil(positions / piece_multiple)` positions. Raises
     ConfigError for a sequence length that is no multiple of `piece_multiple` and DatasetError
@@ -113,6 +116,8 @@ def pack(
             f"to {sequence_length:,}; cut the sessions at this sequence length first"
         )
     layout = _best_fit_decreasing(np.bincount(units, minlength=capacity + 1))
+    if layout.num_rows:
+        num_epochs = max(num_epochs, -(-at_least_rows // layout.num_rows))
     row_offsets, row_pieces = _deal(units, capacity, layout, seed, num_epochs)
     num_positions = int(positions.sum(dtype=np.int64))
     num_positions_rounded = int(units.sum(dtype=np.int64)) * piece_multiple

@@ -82,6 +82,7 @@ def dataset_config(args: argparse.Namespace) -> MultiTurnDatasetConfig:
         num_dataset_builder_threads=args.num_dataset_builder_threads,
         path_to_cache=args.data_cache_path,
         mmap_bin_files=args.mmap_bin_files,
+        object_storage_cache_path=args.object_storage_cache_path,
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
         loss_average=args.loss_average,
         divisor_unit=largest_divisor_unit(args.loss_average, max(batch_sizes), args.seq_length),

@@ -67,7 +67,6 @@ def token_runs(
 
 def indices_of_runs(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
     """starts[0], starts[0] + 1, ... for lengths[0] numbers, then the next run."""
-    stops = np.cumsum(lengths)
-    indices = np.repeat(starts - (stops - lengths), lengths)
+    indices = (starts - (lengths.cumsum() - lengths)).repeat(lengths)
     indices += np.arange(len(indices))
     return indices

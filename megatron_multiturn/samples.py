@@ -116,7 +116,7 @@ def build_row(
     length = row_format.sequence_length
     num_positions = _num_positions(spans)
     piece_lengths = _round_up(num_positions, row_format.piece_multiple)
-    stops = np.cumsum(piece_lengths)
+    stops = piece_lengths.cumsum()
     used = int(stops[-1])
     assert len(pieces.num_segments) == len(spans) <= row_format.max_pieces_per_row
     assert used <= length
@@ -149,10 +149,11 @@ def build_row(
 
 def row_turns(pieces: RowPieces, spans: NDArray[np.int32], row_format: RowFormat) -> RowTurns:
     """The turns of the row's sessions under the row format's loss average."""
-    system_stop, start, target_start, stop = spans.T.astype(np.int64)
+    columns: NDArray[np.int64] = spans.T.astype(np.int64)  # (4, num_pieces)
+    system_stop, start, target_start, stop = columns
     # Targets of a piece lie in [first, stop): a token that opens a piece is predicted by nothing.
     first = np.maximum(target_start, start + (system_stop == 0))
-    piece_lengths = _round_up(_num_positions(spans), row_format.piece_multiple)
+    piece_lengths = _round_up(system_stop + stop - start - 1, row_format.piece_multiple)
     runs = target_runs(
         pieces.num_segments,
         pieces.segment_lengths,
@@ -162,11 +163,12 @@ def row_turns(pieces: RowPieces, spans: NDArray[np.int32], row_format: RowFormat
     piece = runs.session
     run_begin = np.maximum(runs.begin, first[piece])
     run_length = np.maximum(np.minimum(runs.end, stop[piece]) - run_begin, 0)
-    here = np.flatnonzero(run_length)
+    shift = piece_lengths.cumsum() - piece_lengths + system_stop - start - 1
+    here = run_length.nonzero()[0]
 
     piece_of_turn = piece[runs.first_run]
     turns_per_piece = np.bincount(piece_of_turn, minlength=len(spans))
-    turns_before = np.cumsum(turns_per_piece) - turns_per_piece
+    turns_before = turns_per_piece.cumsum() - turns_per_piece
     turn_in_session = np.arange(len(piece_of_turn)) - turns_before[piece_of_turn]
     num_targets = runs.sum_by_turn(run_length)
     loss_token_num, divisor = weigh_turns(
@@ -176,7 +178,6 @@ def row_turns(pieces: RowPieces, spans: NDArray[np.int32], row_format: RowFormat
         turn_in_session=turn_in_session,
         turns_per_piece=turns_per_piece,
     )
-    shift = np.cumsum(piece_lengths) - piece_lengths + system_stop - start - 1
     return RowTurns(
         piece=piece_of_turn,
         turn_in_session=turn_in_session,
@@ -230,16 +231,21 @@ def _fill(
     The tokens of the pieces lie end to end. Every one but the last of its piece is shown, and
     every one but the first is a label; row position i shows token i + (pieces before it).
     """
-    tokens = np.full(row_format.sequence_length, row_format.pad_token, dtype=np.int64)
-    labels = tokens.copy()
-    padding_mask = np.ones(row_format.sequence_length, dtype=np.bool_)
+    length, pad = row_format.sequence_length, row_format.pad_token
     number = np.arange(num_positions.sum())
     source = number + np.arange(len(num_positions)).repeat(num_positions)
-    positions: slice | NDArray[np.int64] = slice(len(number))
-    if row_format.piece_multiple > 1:
-        padding_before = np.cumsum(piece_lengths - num_positions) - piece_lengths + num_positions
-        positions = number + padding_before.repeat(num_positions)
-    tokens[positions] = pieces.tokens[source]
-    labels[positions] = pieces.tokens[1:][source]
-    padding_mask[positions] = False
+    shown, used = pieces.tokens.take(source), len(number)
+    source += 1
+    predicted = pieces.tokens.take(source)
+    tokens, labels = np.empty(length, dtype=np.int64), np.empty(length, dtype=np.int64)
+    padding_mask = np.zeros(length, dtype=np.bool_)
+    if row_format.piece_multiple == 1:
+        tokens[:used], labels[:used] = shown, predicted
+        tokens[used:] = labels[used:] = pad
+        padding_mask[used:] = True
+        return tokens, labels, padding_mask
+    rounding = piece_lengths - num_positions
+    number += (rounding.cumsum() - rounding).repeat(num_positions)
+    tokens[:], labels[:], padding_mask[:] = pad, pad, True
+    tokens[number], labels[number], padding_mask[number] = shown, predicted, False
     return tokens, labels, padding_mask

@@ -21,6 +21,7 @@ from megatron_multiturn.manifest import (
     InputFile,
     Manifest,
     TemplateIdentity,
+    file_hash,
     manifest_path,
 )
 from megatron_multiturn.vocabulary import TokenizerIdentity
@@ -172,6 +173,7 @@ class SessionWriter:
             inputs=self._inputs,
             bin_bytes=os.stat(self._temporary[0]).st_size,
             idx_bytes=os.stat(self._temporary[1]).st_size,
+            idx_sha256=file_hash(self._temporary[1]),
         )
         with open(self._temporary[2], "wb") as stream:
             stream.write(manifest.to_json().encode("utf-8"))

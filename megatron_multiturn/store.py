@@ -19,10 +19,11 @@ from megatron_multiturn.encoding import EncodedSession
 from megatron_multiturn.errors import DatasetError
 from megatron_multiturn.index_file import read_index
 from megatron_multiturn.manifest import Manifest, read_manifest
-from megatron_multiturn.megatron_compat import is_object_storage_path
-from megatron_multiturn.object_storage import fetch_index
+from megatron_multiturn.object_storage import fetch_index, is_in_object_storage
 from megatron_multiturn.row_pieces import RowPieces, indices_of_runs, token_runs
 from megatron_multiturn.token_reader import FileTokens, MappedTokens, RemoteTokens, TokenReader
+
+__all__ = ["Manifest", "SessionStore"]
 
 
 class SessionStore:
@@ -44,7 +45,7 @@ class SessionStore:
         is copied to; its tokens are read through Megatron's reader, which cannot check the .bin
         before it reads.
         """
-        if is_object_storage_path(prefix):
+        if is_in_object_storage(prefix):
             local_prefix = fetch_index(prefix, index_cache)
             return cls(prefix, local_prefix, read_manifest(local_prefix), mmap=False)
         manifest = read_manifest(prefix)

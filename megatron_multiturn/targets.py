@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_multiturn.modes import begins_turn, is_target
+from megatron_multiturn.modes import CONTEXT, KIND_MASK, TARGET_BEGIN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,24 +34,27 @@ def target_runs(
     session_stops: NDArray[np.int64] | None = None,  # (num_sessions,)
 ) -> TargetRuns:
     """The targets of any number of sessions; those from `session_stops` on are left out."""
-    targets = np.flatnonzero(is_target(modes))
-    ends = np.cumsum(segment_lengths, dtype=np.int64)
-    tokens_before = np.zeros(len(num_segments), dtype=np.int64)
-    tokens_before[1:] = ends[np.cumsum(num_segments)[:-1] - 1]
-    session = np.repeat(np.arange(len(num_segments)), num_segments)[targets]
-    end = ends[targets] - tokens_before[session]
-    begin = np.maximum(end - segment_lengths[targets], 1)
+    kind = modes & KIND_MASK
+    targets = (kind != CONTEXT).nonzero()[0]
+    target_lengths = segment_lengths[targets]
+    ends = segment_lengths.cumsum(dtype=np.int64)
+    session_begin = np.zeros(len(num_segments), dtype=np.int64)
+    session_begin[1:] = ends[num_segments.cumsum()[:-1] - 1]
+    session = np.arange(len(num_segments)).repeat(num_segments)[targets]
+    end = ends[targets] - session_begin[session]
+    begin = np.maximum(end - target_lengths, 1)
     if session_stops is not None:
         end = np.minimum(end, session_stops[session])
-    turn_mark = np.cumsum(begins_turn(modes))[targets]
-    kept = np.flatnonzero(begin < end)
-    session, turn_mark = session[kept], turn_mark[kept]
-    opens_turn = np.ones(len(kept), dtype=np.bool_)
+    turn_mark = (kind == TARGET_BEGIN).cumsum()[targets]
+    kept = begin < end
+    if not kept.all():
+        session, begin, end, turn_mark = session[kept], begin[kept], end[kept], turn_mark[kept]
+    opens_turn = np.ones(len(session), dtype=np.bool_)
     opens_turn[1:] = (turn_mark[1:] != turn_mark[:-1]) | (session[1:] != session[:-1])
     return TargetRuns(
         session=session,
-        begin=begin[kept],
-        end=end[kept],
-        turn=np.cumsum(opens_turn) - 1,
-        first_run=np.flatnonzero(opens_turn),
+        begin=begin,
+        end=end,
+        turn=opens_turn.cumsum() - 1,
+        first_run=opens_turn.nonzero()[0],
     )

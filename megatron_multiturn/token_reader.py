@@ -1,4 +1,7 @@
-"""Reads tokens from a .bin: memory-mapped, from the file, or from object storage."""
+"""Reads tokens from a .bin: memory-mapped, from the file, or from object storage.
+
+Megatron is imported for object storage alone: the commands that show a dataset start quickly.
+"""
 
 from pathlib import Path
 from typing import Any, Protocol
@@ -6,7 +9,6 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_multiturn.megatron_compat import object_storage_reader
 from megatron_multiturn.row_pieces import indices_of_runs
 
 # Runs of at least so many tokens are copied one by one, shorter ones in one gather: a copy costs
@@ -55,6 +57,8 @@ class RemoteTokens:
     """A .bin in object storage, through Megatron's reader; one request a run."""
 
     def __init__(self, path: str, dtype: np.dtype[Any]) -> None:
+        from megatron_multiturn.megatron_compat import object_storage_reader
+
         self._reader, self._dtype = object_storage_reader(path), dtype
 
     def read(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[Any]:

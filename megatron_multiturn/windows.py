@@ -51,10 +51,10 @@ class PieceTable:
         """system_stop, start, target_start, stop of some pieces; (len(pieces), 4)."""
         spans = np.zeros((len(pieces), 4), dtype=np.int32)
         spans[:, 3] = self.num_tokens[pieces]
-        if len(self.cut_spans):
-            number = np.asarray(pieces, dtype=np.int64) - (len(self) - len(self.cut_spans))
-            cut = number >= 0
-            spans[cut] = self.cut_spans[number[cut]]
+        num_whole = len(self.session) - len(self.cut_spans)
+        if len(pieces) and pieces.max() >= num_whole:
+            cut = pieces >= num_whole
+            spans[cut] = self.cut_spans[pieces[cut] - num_whole]
         return spans
 
 
@@ -138,7 +138,7 @@ def cut_sessions(
         )
     cut, cut_spans, tally = _cut_long(long_session, segment_index, long_ids, window)
     too_short = lengths < 2
-    num_cut = len(np.unique(cut))
+    num_cut = int(np.count_nonzero(np.diff(cut, prepend=-1)))
     report = CutReport(
         num_sessions=len(lengths),
         num_sessions_too_short=int(too_short.sum()),

@@ -255,7 +255,7 @@ def test_an_index_of_another_run_is_refused(tmp_path: Path) -> None:
         (None, "no manifest, so .*data is no complete dataset.*preprocess"),
         ("{", "no manifest of a preprocessed dataset"),
         ("[]", "no manifest of a preprocessed dataset"),
-        ({"format_version": 2}, "format version 2, but this version of the package reads 1"),
+        ({"format_version": 1}, "format version 1, but this version of the package reads 2"),
         ({"bin_bytes": "40"}, "'bin_bytes' is '40'"),
         ({"counts": {}}, "no manifest of a preprocessed dataset"),
         ({"turn_weights": []}, "0 turn weights"),
