@@ -26,7 +26,7 @@ _TOKENS_AT_A_TIME = 1 << 24
 _DTYPE = np.dtype(np.uint16)
 
 # A system message, three questions and answers, and an end: the modes of a session's segments.
-_MODES = np.array(
+MODES = np.array(
     [
         CONTEXT | MESSAGE_START | LEADING_SYSTEM,
         *[CONTEXT | MESSAGE_START, TARGET_BEGIN] * 3,
@@ -34,7 +34,7 @@ _MODES = np.array(
     ],
     dtype=np.int8,
 )
-NUM_SEGMENTS = len(_MODES)
+NUM_SEGMENTS = len(MODES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +74,7 @@ def write_corpus(prefix: Path, lengths: NDArray[np.int32], tokenizer: TokenizerI
             token_dtype=_DTYPE,
             segment_lengths=segment_lengths.ravel(),
             first_segments=np.arange(num_sessions + 1, dtype=np.int64) * NUM_SEGMENTS,
-            modes=np.tile(_MODES, num_sessions),
+            modes=np.tile(MODES, num_sessions),
         )
     manifest = Manifest(
         format_version=FORMAT_VERSION,

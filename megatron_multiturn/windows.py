@@ -100,7 +100,7 @@ class CutReport:
 
 
 def cut_sessions(
-    session_lengths: NDArray[np.int64],  # (num_sessions,)
+    session_lengths: NDArray[np.integer[Any]],  # (num_sessions,)
     *,
     sequence_length: int,
     long_session: str,
