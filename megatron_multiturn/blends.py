@@ -68,8 +68,7 @@ def costs_of_some(plan: PackPlan, numbers: NDArray[np.int64]) -> NDArray[np.floa
     pieces = [plan.pieces_of_row(row) for row in numbers.tolist()]
     offsets = np.zeros(len(pieces) + 1, dtype=np.int64)
     np.cumsum([len(row) for row in pieces], out=offsets[1:])
-    system_stop, start, _, stop = plan.pieces.spans_of(np.concatenate(pieces)).T
-    positions = system_stop + stop - start - 1
+    positions = plan.pieces.num_tokens[np.concatenate(pieces)] - 1
     return row_costs(offsets, np.arange(len(positions)), positions)
 
 

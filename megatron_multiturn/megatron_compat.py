@@ -31,6 +31,38 @@ def build_megatron_tokenizer(args: argparse.Namespace) -> Any:
     return build_tokenizer(args)
 
 
+def object_storage_reader(path: str) -> Any:
+    """Megatron's reader of a .bin in object storage: read(dtype, count, offset in bytes).
+
+    It asks for what is read and no more: sessions of a row lie far apart, and of the 256 MiB
+    that Megatron's S3 reader takes at a time next to nothing would be used.
+    """
+    from megatron.core.datasets import indexed_dataset, object_storage_utils
+
+    config = object_storage_utils.ObjectStorageConfig(path_to_idx_cache="", bin_chunk_nbytes=1)
+    access = object_storage_utils.get_object_storage_access(path)
+    return indexed_dataset.OBJECT_STORAGE_BIN_READERS[access](path, config)
+
+
+def download_object(remote_path: str, local_path: str) -> None:
+    """Copy a file from object storage, on whichever rank this is.
+
+    Megatron's `cache_index_file` copies on global rank 0 alone, and no other node has it then.
+    """
+    from megatron.core.datasets import object_storage_utils
+
+    if object_storage_utils.get_object_storage_access(remote_path) == "s3":
+        client = object_storage_utils.boto3.client("s3")
+        try:
+            object_storage_utils._s3_download_file(client, remote_path, local_path)
+        finally:
+            client.close()
+    else:
+        object_storage_utils.MultiStorageClientFeature.import_package().download_file(
+            remote_path, local_path
+        )
+
+
 def get_args() -> argparse.Namespace:
     """Megatron's parsed arguments; only in a training process."""
     from megatron.training import get_args

@@ -110,7 +110,7 @@ def _put_in_order(
             seed=config.random_seed,
             micro_batch_size=args.micro_batch_size,
             has_weights=blend is not None and blend[1] is not None,
-            folder=config.path_to_cache or f"{leaves_of(train)[0].dataset.prefix}.plans",
+            folder=config.path_to_cache or f"{leaves_of(train)[0].dataset.local_prefix}.plans",
         )
     plan = describe_plan(rows, config)
     check_goes_on(plan)
@@ -166,6 +166,7 @@ def planning_config(args: argparse.Namespace) -> MultiTurnDatasetConfig:
         num_dataset_builder_threads=args.num_dataset_builder_threads,
         path_to_cache=args.data_cache_path,
         mmap_bin_files=args.mmap_bin_files,
+        object_storage_cache_path=args.object_storage_cache_path,
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
         loss_average=args.loss_average,
         long_session=args.long_session,

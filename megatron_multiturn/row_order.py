@@ -37,7 +37,7 @@ from megatron_multiturn.blends import (
     plan_digest,
 )
 from megatron_multiturn.errors import DatasetError
-from megatron_multiturn.plan_cache import _atomic, _locked
+from megatron_multiturn.shared_files import atomic, locked
 
 # Raise it whenever the same rows would come in another order.
 _ORDER_VERSION = 1
@@ -48,8 +48,8 @@ _WINDOW_BATCHES = 256
 # Rows of an order that its digest is of at most.
 _DIGEST_ROWS = 2**16
 
-# As many batches as the log's figures are of.
-_MEASURED_BATCHES = 256
+# As many rows as the log's figures are of at most, in whole batches.
+_MEASURED_ROWS = 2**14
 
 
 def end_of_window(schedule: BatchSchedule, row: int) -> int:
@@ -117,7 +117,7 @@ class BalancedRows:
         """
         size = self.schedule.steps[0][1]
         stop = self.schedule.steps[1][0] if len(self.schedule.steps) > 1 else len(self)
-        num_rows = min(stop, len(self), _MEASURED_BATCHES * size) // size * size
+        num_rows = min(stop, len(self), max(size, _MEASURED_ROWS)) // size * size
         if not num_rows:
             return None
         as_they_were = np.arange(num_rows)
@@ -164,8 +164,8 @@ def balance_rows(
         row_order = _load(stem)
         if row_order is None:
             stem.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(stem):
-                row_order = _load(stem)  # another process of this node may have built it
+            with locked(stem.with_suffix(".lock"), f"put {len(rows):,} rows in order"):
+                row_order = _load(stem)  # another process may have built it meanwhile
                 if row_order is None:
                     _build(stem, rows, schedule, seed, has_weights)
                     row_order = _load(stem)
@@ -184,7 +184,7 @@ def _load(stem: Path) -> RowOrder | None:
     except FileNotFoundError:
         return None
     return RowOrder(
-        order=np.load(stem.with_suffix(".npy"), mmap_mode="r"),
+        order=np.asarray(np.load(stem.with_suffix(".npy"), mmap_mode="r")),
         group_sizes={int(size): group for size, group in description["group_sizes"].items()},
         first_window=description["first_window"],
     )
@@ -195,7 +195,7 @@ def _build(stem: Path, rows: Any, schedule: BatchSchedule, seed: int, has_weight
     windows = list(_windows(rows, schedule, has_weights))
     num_rows = windows[-1][1]
     group_sizes: dict[int, int] = {}
-    with _atomic(stem.with_suffix(".npy")) as temporary:
+    with atomic(stem.with_suffix(".npy")) as temporary:
         order = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.int64, shape=(num_rows,))
         for number, (begin, stop) in enumerate(windows):
             numbers = np.arange(begin, stop)
@@ -213,7 +213,7 @@ def _build(stem: Path, rows: Any, schedule: BatchSchedule, seed: int, has_weight
                 window = keep_epochs(window, costs, epoch, dataset)
             order[begin:stop] = begin + window
         order.flush()
-    with _atomic(stem.with_suffix(".json")) as temporary:
+    with atomic(stem.with_suffix(".json")) as temporary:
         description = {
             "first_window": windows[0][1],
             "group_sizes": group_sizes,

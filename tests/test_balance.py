@@ -197,9 +197,11 @@ def corpus_costs(sigma: float, near_row: float) -> NDArray[np.float64]:
     lengths = np.exp(np.log(700) + sigma * rng.standard_normal(100_000)).round()
     is_near = rng.random(100_000) < near_row
     lengths[is_near] = rng.integers(int(0.9 * SEQUENCE_LENGTH), SEQUENCE_LENGTH + 1, is_near.sum())
-    spans = np.zeros((len(lengths), 4), dtype=np.int32)
-    spans[:, 3] = lengths.clip(2, SEQUENCE_LENGTH) + 1
-    pieces = PieceTable(session=np.arange(len(spans)), spans=spans)
+    pieces = PieceTable(
+        session=np.arange(len(lengths), dtype=np.int32),
+        num_tokens=lengths.clip(2, SEQUENCE_LENGTH).astype(np.int32) + 1,
+        cut_spans=np.zeros((0, 4), dtype=np.int32),
+    )
     plan = pack(pieces, sequence_length=SEQUENCE_LENGTH, seed=0)
     assert plan.stats.fill >= 0.999
     return row_costs(plan.row_offsets, plan.row_pieces, pieces.num_positions())

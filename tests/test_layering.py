@@ -16,9 +16,10 @@ LEAVES = ("_version", "errors", "modes", "megatron_compat", "megatron_hooks")
 ORDER = (
     # raw sessions -> dataset on disk
     *("records", "messages", "sessions", "templates", "vocabulary", "encoding"),
-    *("index_file", "manifest", "store"),
+    *("index_file", "manifest", "session_writer"),
     # dataset -> rows -> training
-    *("cutting", "windows", "packing", "averages", "samples", "plan_cache", "dataset"),
+    *("shared_files", "object_storage", "row_pieces", "token_reader", "store"),
+    *("targets", "cutting", "windows", "packing", "averages", "samples", "plan_cache", "dataset"),
     *("batches", "balance", "blends", "row_order", "epochs", "resume"),
     *("batch", "attention", "layer_spec", "loss", "moe", "mtp", "provider", "forward"),
     *("refusal", "attention_refusals", "refusals", "arguments"),
@@ -33,7 +34,8 @@ ORDER = (
 
 PURE = (
     *("errors", "modes", "records", "messages", "sessions", "templates"),
-    *("cutting", "windows", "packing", "averages", "samples", "batches", "balance", "blends"),
+    *("row_pieces", "targets", "cutting", "windows", "packing", "averages", "samples"),
+    *("batches", "balance", "blends"),
 )
 HEAVY = ("megatron", "sentencepiece", "torch", "transformers")
 

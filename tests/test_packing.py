@@ -12,9 +12,11 @@ from megatron_multiturn.packing import PackPlan, PieceTable, pack
 
 def pieces_of(positions: list[int] | NDArray[np.int64]) -> PieceTable:
     """One whole session of `positions[i] + 1` tokens a piece."""
-    spans = np.zeros((len(positions), 4), dtype=np.int32)
-    spans[:, 3] = np.asarray(positions, dtype=np.int64) + 1
-    return PieceTable(session=np.arange(len(positions)), spans=spans)
+    return PieceTable(
+        session=np.arange(len(positions), dtype=np.int32),
+        num_tokens=np.array(positions, dtype=np.int32) + np.int32(1),
+        cut_spans=np.zeros((0, 4), dtype=np.int32),
+    )
 
 
 def rows_of(plan: PackPlan, epoch: int = 0) -> list[list[int]]:
@@ -182,7 +184,8 @@ def test_no_pieces_make_no_rows() -> None:
 
 
 def test_dtypes(plan: PackPlan) -> None:
-    assert plan.row_offsets.dtype == plan.row_pieces.dtype == np.int64
+    assert plan.row_offsets.dtype == np.int64
+    assert plan.row_pieces.dtype == np.int32
 
 
 @pytest.mark.parametrize(("sequence_length", "multiple"), [(10, 4), (0, 1), (8, 0)])

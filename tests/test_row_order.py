@@ -29,9 +29,11 @@ class Packed:
 
     def __init__(self, num_sessions: int, num_epochs: int, seed: int = 0, name: str = "a") -> None:
         rng = np.random.default_rng([seed, num_sessions])
-        spans = np.zeros((num_sessions, 4), dtype=np.int32)
-        spans[:, 3] = rng.geometric(1 / 60, num_sessions).clip(1, 256) + 1
-        pieces = PieceTable(session=np.arange(num_sessions), spans=spans)
+        pieces = PieceTable(
+            session=np.arange(num_sessions, dtype=np.int32),
+            num_tokens=rng.geometric(1 / 60, num_sessions).clip(1, 256).astype(np.int32) + 1,
+            cut_spans=np.zeros((0, 4), dtype=np.int32),
+        )
         self.plan = pack(pieces, sequence_length=256, seed=seed, num_epochs=num_epochs)
         self.dataset = argparse.Namespace(manifest=argparse.Namespace(to_json=lambda: name))
         self.name = name
@@ -186,7 +188,7 @@ def test_the_order_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(row_order, "_build", never)
     again = ordered(Packed(300, 2), schedule, tmp_path, micro_batch_size=4)
     assert again.digest() == first.digest()
-    assert isinstance(again._order, np.memmap)
+    assert isinstance(again._order.base, np.memmap)
     for other in (Packed(301, 2), Packed(300, 3), Packed(300, 2, seed=1), Packed(300, 2, name="b")):
         with pytest.raises(AssertionError, match="made again"):
             ordered(other, schedule, tmp_path)
