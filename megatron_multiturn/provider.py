@@ -126,7 +126,7 @@ def _say(rows: Any, train: Any, num_rows: int, args: argparse.Namespace) -> None
     print(f"> training: {describe_length(train, num_rows, args.consumed_train_samples)}")
     data_parallel_size = megatron.data_parallel_size()
     if isinstance(rows, BalancedRows) and data_parallel_size > 1:
-        measured = rows.imbalance(data_parallel_size)
+        measured = rows.imbalance(data_parallel_size, args.consumed_train_samples)
         if measured is not None:
             print(
                 f"> attention cost of the slowest of {data_parallel_size} data parallel ranks, by "

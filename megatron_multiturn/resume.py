@@ -8,7 +8,7 @@ layout, is none of it: a plan that lasts longer begins with the shorter one.
 import argparse
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -49,8 +49,8 @@ def describe_plan(rows: Any, config: MultiTurnDatasetConfig) -> dict[str, str]:
     plan = {
         "--seed": config.random_seed,
         "--seq-length": config.sequence_length,
-        "--split": config.split,
-        "the weights in --data-path": blend[1] if blend else None,
+        "--split, training on": config.split_matrix[0] if config.split_matrix else None,
+        "the weights in --data-path": _shares(blend[1]) if blend and blend[1] else None,
         "the data": [_content(leaf.dataset.manifest) for leaf in leaves],
         "--long-session": config.long_session,
         "--session-window": config.session_window,
@@ -87,6 +87,10 @@ def check_goes_on(plan: Mapping[str, str], before: Mapping[str, str] | None = No
             "seen twice and others never:\n" + "\n".join(lines) + "\nput it back, or pass "
             "--finetune to begin anew from the checkpoint's weights"
         )
+
+
+def _shares(weights: Sequence[float]) -> list[float]:
+    return [round(weight / sum(weights), 9) for weight in weights]
 
 
 def _content(manifest: Manifest) -> str:

@@ -110,25 +110,27 @@ class BalancedRows:
         digest.update(np.ascontiguousarray(self._order[:num_rows]).tobytes())
         return digest.hexdigest()[:16]
 
-    def imbalance(self, data_parallel_size: int) -> tuple[Imbalance, Imbalance] | None:
-        """Of ranks that read the first batches as they were, and in this order.
+    def imbalance(
+        self, data_parallel_size: int, begin: int = 0
+    ) -> tuple[Imbalance, Imbalance] | None:
+        """Of ranks that read batches from row `begin` on as they were, and in this order.
 
-        None if there is no whole batch.
+        None if no whole batch is left, or if the ranks cannot share one.
         """
-        size = self.schedule.steps[0][1]
-        stop = self.schedule.steps[1][0] if len(self.schedule.steps) > 1 else len(self)
-        num_rows = min(stop, len(self), max(size, _MEASURED_ROWS)) // size * size
-        if not num_rows:
+        begin, size = self.schedule.batch_of(begin)
+        stop = min(len(self), begin + max(size, _MEASURED_ROWS))
+        steps = [step for step, _ in self.schedule.steps if step > begin]
+        numbers = np.arange(begin, begin + (min([stop, *steps]) - begin) // size * size)
+        if not len(numbers) or size % (data_parallel_size * self._micro_batch_size):
             return None
-        as_they_were = np.arange(num_rows)
-        ordered = np.array([self.row_at(idx) for idx in range(num_rows)])
+        ordered = np.array([self.row_at(number) for number in numbers.tolist()])
         before, after = (
             measure_imbalance(
                 costs_of(self._rows, rows, costs_of_some).reshape(-1, size),
                 data_parallel_size=data_parallel_size,
                 micro_batch_size=self._micro_batch_size,
             )
-            for rows in (as_they_were, ordered)
+            for rows in (numbers, ordered)
         )
         return before, after
 

@@ -1,8 +1,10 @@
 """A run that is killed goes on with the very rows that an unbroken run would have had."""
 
+import argparse
 import json
 import os
 import re
+import shutil
 import signal
 import threading
 import time
@@ -11,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 from megatron_jobs import (
     MODEL_FLAGS,
@@ -20,6 +23,10 @@ from megatron_jobs import (
     train_sentencepiece,
     word_sessions,
 )
+
+from megatron_multiturn.dataset import MultiTurnDataset, MultiTurnDatasetConfig
+from megatron_multiturn.errors import ConfigError
+from megatron_multiturn.resume import check_goes_on, describe_plan
 
 pytestmark = pytest.mark.distributed
 
@@ -200,3 +207,59 @@ def test_another_plan_is_refused(
     assert len(others) <= 2  # what was changed, and not everything that follows from it
     notes = run_noting(tmp_path / "anew", [*flags, *changed, "--finetune"], 1)
     assert min(notes.losses) == 0
+
+
+PLAN = {"--seed": "7", "the data": "a", "the rows themselves": "['ab']", "made by": "version 1"}
+
+
+def test_rows_that_another_version_makes_are_refused() -> None:
+    check_goes_on(PLAN, PLAN)
+    check_goes_on(PLAN | {"made by": "version 2"}, PLAN)  # the same rows
+    with pytest.raises(ConfigError) as refusal:
+        check_goes_on(PLAN | {"made by": "version 2", "the rows themselves": "['cd']"}, PLAN)
+    assert "the rows themselves: ['ab'] in the checkpoint, now ['cd']\n" in str(refusal.value)
+    assert "made by: version 1 in the checkpoint, now version 2\n" in str(refusal.value)
+    assert "--seed" not in str(refusal.value)
+    with pytest.raises(ConfigError, match="the data: nothing in the checkpoint, now a\n"):
+        check_goes_on(PLAN, {name: PLAN[name] for name in PLAN if name != "the data"})
+
+
+def test_a_run_that_begins_is_compared_with_nothing() -> None:
+    check_goes_on(PLAN)
+
+
+def test_what_says_the_same_in_other_words_is_the_same(
+    tmp_path: Path, data: dict[str, list[str]]
+) -> None:
+    """Shares of a blend and of a split, and where the data lie."""
+    from megatron.core.datasets.utils import Split
+
+    moved = [tmp_path / f"{name}.copy" for name in ("one", "other")]
+    prefixes = [data["one"][-1], data["blend"][-1]]
+    for prefix, copy in zip(prefixes, moved, strict=True):
+        for suffix in (".bin", ".idx", ".json"):
+            shutil.copyfile(prefix + suffix, f"{copy}{suffix}")
+
+    def plan(blend: tuple[list[str], list[float]], split: str) -> dict[str, str]:
+        config = MultiTurnDatasetConfig(
+            random_seed=7,
+            sequence_length=64,
+            blend=blend,
+            split=split,
+            path_to_cache=str(tmp_path / "cache"),
+        )
+        leaves = []
+        for prefix in blend[0]:
+            store = MultiTurnDataset.build_low_level_dataset(prefix, config)
+            indices = np.arange(40, dtype=np.int32)
+            leaves.append(MultiTurnDataset(store, prefix, indices, None, Split.train, config))
+        return describe_plan(argparse.Namespace(datasets=leaves), config)
+
+    here = plan((prefixes, [0.7, 0.3]), "80,20,0")
+    assert here == plan(([str(copy) for copy in moved], [7.0, 3.0]), "8,1,1")
+    changed = {
+        "--split, training on": plan((prefixes, [0.7, 0.3]), "90,10,0"),
+        "the weights in --data-path": plan((prefixes, [0.8, 0.2]), "80,20,0"),
+    }
+    for name, other in changed.items():
+        assert {key for key in here if here[key] != other[key]} == {name}

@@ -178,6 +178,17 @@ def test_a_blend_without_weights_is_balanced_as_a_whole(tmp_path: Path) -> None:
     assert leaves_of(rows) == datasets
 
 
+def test_the_imbalance_is_of_the_batches_to_come(tmp_path: Path) -> None:
+    schedule = BatchSchedule(((0, 4), (400, 16)))
+    rows = ordered(Packed(9000, 1), schedule, tmp_path)
+    assert rows.imbalance(4) != rows.imbalance(4, begin=400)
+    assert rows.imbalance(8) is None  # 4 rows for 8 ranks
+    late = rows.imbalance(8, begin=400)
+    assert late is not None
+    assert late[1].mean < late[0].mean
+    assert rows.imbalance(4, begin=len(rows) - 1) is None
+
+
 def test_the_order_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     schedule = BatchSchedule(((0, 8),))
     first = ordered(Packed(300, 2), schedule, tmp_path)
