@@ -67,17 +67,13 @@ class BatchSchedule:
         return sorted({size for _, size in self.steps})
 
     def end_of_batches(self, row: int, num_batches: int) -> int:
-        """The row after the last of the `num_batches` batches that begin at or before `row`.
-
-        `row` must begin a batch.
-        """
-        for _ in range(num_batches):
+        """The row after the last of `num_batches` batches, the first of which begins at `row`."""
+        last_step, last_size = self.steps[-1]
+        for done in range(num_batches):
+            if row >= last_step:
+                return row + (num_batches - done) * last_size
             row += self.batch_of(row)[1]
-            if row >= self.steps[-1][0]:
-                break
-        else:
-            return row
-        return row + (num_batches - _ - 1) * self.steps[-1][1]
+        return row
 
     def stretches(self, begin: int, stop: int) -> list[Stretch]:
         """The rows `begin` to `stop`, cut where whole batches begin and end."""

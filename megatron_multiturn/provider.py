@@ -130,7 +130,7 @@ def _say(rows: Any, train: Any, num_rows: int, args: argparse.Namespace) -> None
         if measured is not None:
             print(
                 f"> attention cost of the slowest of {data_parallel_size} data parallel ranks, by "
-                f"the mean: {measured[1]}; in shuffled order {measured[0]}",
+                f"the mean:\n  {measured[1]}; in shuffled order {measured[0]}",
                 flush=True,
             )
 

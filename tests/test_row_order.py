@@ -113,6 +113,46 @@ def test_the_batches_of_a_run(
         assert batches_of(other) == batches_of(rows)
 
 
+def read_by_ranks(
+    rows: BalancedRows, ranks: int, micro_batch_size: int, consumed: int
+) -> list[list[Any]]:
+    """The rows that each rank reads, by Megatron's sampler, until there are no more."""
+    from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
+
+    return [
+        [
+            rows[index]
+            for micro_batch in MegatronPretrainingSampler(
+                total_samples=len(rows),
+                consumed_samples=consumed,
+                micro_batch_size=micro_batch_size,
+                data_parallel_rank=rank,
+                data_parallel_size=ranks,
+            )
+            for index in micro_batch
+        ]
+        for rank in range(ranks)
+    ]
+
+
+@SHARES_A_FOLDER
+@given(layout=st.sampled_from([(1, 16), (2, 2), (4, 4), (8, 1), (16, 1)]), step=st.integers(0, 8))
+def test_from_any_step_any_layout_reads_the_same_batches(
+    layout: tuple[int, int], step: int, tmp_path: Path
+) -> None:
+    """Over the ends of two epochs of 48 rows or so, in batches of 16."""
+    ranks, micro_batch_size = layout
+    schedule = BatchSchedule(((0, 16),))
+    expected = batches_of(ordered(Packed(200, 3), schedule, tmp_path))
+    assert len(expected) > 8
+    rows = ordered(Packed(200, 3), schedule, tmp_path, micro_batch_size=micro_batch_size)
+    read = read_by_ranks(rows, ranks, micro_batch_size, 16 * step)
+    share = 16 // ranks
+    for number, batch in enumerate(expected[step:]):
+        of_ranks = [of_rank[number * share : (number + 1) * share] for of_rank in read]
+        assert Counter(row for of_rank in of_ranks for row in of_rank) == batch
+
+
 def test_the_order_depends_on_seed_and_batch_size(tmp_path: Path) -> None:
     def batches(size: int, seed: int) -> list[Counter[Any]]:
         schedule = BatchSchedule(((0, size),))
