@@ -140,12 +140,12 @@ def read_by_ranks(
 def test_from_any_step_any_layout_reads_the_same_batches(
     layout: tuple[int, int], step: int, tmp_path: Path
 ) -> None:
-    """Over the ends of two epochs of 48 rows or so, in batches of 16."""
+    """Over the ends of two epochs of 70 rows or so, in batches of 16."""
     ranks, micro_batch_size = layout
     schedule = BatchSchedule(((0, 16),))
-    expected = batches_of(ordered(Packed(200, 3), schedule, tmp_path))
+    expected = batches_of(ordered(Packed(300, 3), schedule, tmp_path))
     assert len(expected) > 8
-    rows = ordered(Packed(200, 3), schedule, tmp_path, micro_batch_size=micro_batch_size)
+    rows = ordered(Packed(300, 3), schedule, tmp_path, micro_batch_size=micro_batch_size)
     read = read_by_ranks(rows, ranks, micro_batch_size, 16 * step)
     share = 16 // ranks
     for number, batch in enumerate(expected[step:]):
