@@ -59,7 +59,7 @@ def test_those_that_wait_say_for_whom_and_rarely(
             pipe.send("let go")
         real_sleep(seconds)
 
-    monkeypatch.setattr(shared_files.time, "sleep", sleep)
+    monkeypatch.setattr(time, "sleep", sleep)
     with locked(tmp_path / "it.lock", "the same"):
         pass
     lines = capsys.readouterr().out.splitlines()
