@@ -164,19 +164,27 @@ def _row_turns(
     row_format: RowFormat,
 ) -> RowTurns:
     system_stop, start, target_start, stop = columns
-    # Targets of a piece lie in [first, stop): a token that opens a piece is predicted by nothing.
-    first = np.maximum(target_start, start + (system_stop == 0))
     runs = target_runs(
         pieces.num_segments,
         pieces.segment_lengths,
         pieces.modes,
         session_stops=stop if row_format.sessions_end_with_piece else None,
     )
-    piece = runs.session
-    run_begin = np.maximum(runs.begin, first[piece])
-    run_length = np.maximum(np.minimum(runs.end, stop[piece]) - run_begin, 0)
-    shift = piece_starts + system_stop - start - 1
-    here = run_length.nonzero()[0]
+    piece, run_begin = runs.session, runs.begin
+    shift = piece_starts - 1
+    if columns[:3].any():
+        # Targets of a piece lie in [first, stop): its first token is predicted by nothing.
+        first = np.maximum(target_start, start + (system_stop == 0))
+        run_begin = np.maximum(run_begin, first[piece])
+        shift += system_stop - start
+    run_length = np.minimum(runs.end, stop[piece]) - run_begin
+    run_begin_in_row = run_begin + shift[piece]
+    run_turn, run_length_in_row = runs.turn, run_length
+    if len(run_length) and run_length.min() <= 0:  # some runs lie in other pieces
+        run_length = np.maximum(run_length, 0)
+        here = run_length.nonzero()[0]
+        run_turn, run_begin_in_row = run_turn[here], run_begin_in_row[here]
+        run_length_in_row = run_length[here]
 
     piece_of_turn = piece[runs.first_run]
     turns_per_piece = np.bincount(piece_of_turn, minlength=len(piece_starts))
@@ -196,9 +204,9 @@ def _row_turns(
         num_targets=num_targets,
         loss_token_num=loss_token_num,
         divisor=divisor,
-        run_turn=runs.turn[here],
-        run_begin=(run_begin + shift[piece])[here],
-        run_length=run_length[here],
+        run_turn=run_turn,
+        run_begin=run_begin_in_row,
+        run_length=run_length_in_row,
     )
 
 
