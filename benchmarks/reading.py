@@ -13,9 +13,9 @@ from peers import conversation, stock_gpt_dataset, stock_sft_dataset, train_toke
 from megatron_multiturn.dataset import MultiTurnDataset, MultiTurnDatasetConfig
 from megatron_multiturn.vocabulary import TokenizerIdentity
 
-_ROWS_TIMED = 400
+_ROWS_TIMED = 100
 _SFT_ROWS_TIMED = 12
-_PASSES = 5  # over the rows, the data sets taking turns
+_PASSES = 25  # over the rows, the data sets taking turns
 
 
 def report_rows(

@@ -41,7 +41,8 @@ def report_start(folder: Path, num_sessions: int, median: float, sigma: float) -
             f"written in {time.perf_counter() - started:.0f} s; rows of {_SEQUENCE_LENGTH:,}"
         )
         print(
-            f"{'from index to first row':<36}{'seconds':>9}{'MiB kept beside maps / peak with maps':>40}"
+            f"{'from index to first row':<36}{'seconds':>9}"
+            f"{'MiB kept beside maps / peak with maps':>40}"
         )
         for name, kind in (
             ("ours, cold", "ours"),
@@ -67,7 +68,7 @@ def _forget(prefix: Path) -> None:
 
 
 def _start(kind: str, prefix: Path, count: int) -> tuple[float, float, float]:
-    """(seconds, MiB kept beside maps, MiB at most with maps) in a fresh process, without its imports."""
+    """(seconds, MiB kept beside maps, MiB at most with maps) of a fresh process, once imported."""
     done = subprocess.run(
         [sys.executable, __file__, kind, str(prefix), str(count)],
         stdout=subprocess.PIPE,

@@ -114,29 +114,32 @@ def build_row(
         max_seqlen        int32 (1,)       positions of the longest piece
     """
     length = row_format.sequence_length
-    num_positions = _num_positions(spans)
+    columns = spans.T.astype(np.int64)
+    num_positions = _num_positions(columns)
     piece_lengths = _round_up(num_positions, row_format.piece_multiple)
     stops = piece_lengths.cumsum()
+    starts = stops - piece_lengths
     used = int(stops[-1])
     assert len(pieces.num_segments) == len(spans) <= row_format.max_pieces_per_row
     assert used <= length
-    turns = row_turns(pieces, spans, row_format)
+    turns = _row_turns(pieces, columns, starts, row_format)
     turn_num, factor = fixed_point(turns.divisor, row_format.divisor_unit)
     per_turn = turns.loss_token_num / (row_format.divisor_unit * factor)
     counts = _run_counts(turns, length)
+    loss_token_num = _spread(per_turn.astype(np.float32)[turns.run_turn], counts)
     cu_seqlens = np.full(row_format.max_pieces_per_row + 2, length, dtype=np.int32)
     cu_seqlens[0] = 0
     cu_seqlens[1 : len(stops) + 1] = stops
     position_ids = np.arange(length)
-    position_ids[:used] -= (stops - piece_lengths).repeat(piece_lengths)
+    position_ids[:used] -= starts.repeat(piece_lengths)
     position_ids[used:] -= used
     tokens, labels, padding_mask = _fill(pieces, num_positions, piece_lengths, row_format)
     run_turn = turns.run_turn
     return {
         "tokens": tokens,
         "labels": labels,
-        "loss_mask": _spread(np.ones(len(run_turn), dtype=np.float32), counts),
-        "loss_token_num": _spread(per_turn.astype(np.float32)[run_turn], counts),
+        "loss_mask": (loss_token_num > 0).astype(np.float32),
+        "loss_token_num": loss_token_num,
         "turn_num": np.array([turn_num], dtype=np.int64),
         "turn_index": _spread(turns.turn_in_session[run_turn] + 1, counts),
         "turn_token_num": _spread(turns.num_targets.astype(np.float32)[run_turn], counts),
@@ -149,25 +152,42 @@ def build_row(
 
 def row_turns(pieces: RowPieces, spans: NDArray[np.int32], row_format: RowFormat) -> RowTurns:
     """The turns of the row's sessions under the row format's loss average."""
-    columns: NDArray[np.int64] = spans.T.astype(np.int64)  # (4, num_pieces)
+    columns = spans.T.astype(np.int64)
+    piece_lengths = _round_up(_num_positions(columns), row_format.piece_multiple)
+    return _row_turns(pieces, columns, piece_lengths.cumsum() - piece_lengths, row_format)
+
+
+def _row_turns(
+    pieces: RowPieces,
+    columns: NDArray[np.int64],  # (4, num_pieces): the spans
+    piece_starts: NDArray[np.int64],  # (num_pieces,): positions in the row
+    row_format: RowFormat,
+) -> RowTurns:
     system_stop, start, target_start, stop = columns
-    # Targets of a piece lie in [first, stop): a token that opens a piece is predicted by nothing.
-    first = np.maximum(target_start, start + (system_stop == 0))
-    piece_lengths = _round_up(system_stop + stop - start - 1, row_format.piece_multiple)
     runs = target_runs(
         pieces.num_segments,
         pieces.segment_lengths,
         pieces.modes,
         session_stops=stop if row_format.sessions_end_with_piece else None,
     )
-    piece = runs.session
-    run_begin = np.maximum(runs.begin, first[piece])
-    run_length = np.maximum(np.minimum(runs.end, stop[piece]) - run_begin, 0)
-    shift = piece_lengths.cumsum() - piece_lengths + system_stop - start - 1
-    here = run_length.nonzero()[0]
+    piece, run_begin = runs.session, runs.begin
+    shift = piece_starts - 1
+    if columns[:3].any():
+        # Targets of a piece lie in [first, stop): its first token is predicted by nothing.
+        first = np.maximum(target_start, start + (system_stop == 0))
+        run_begin = np.maximum(run_begin, first[piece])
+        shift += system_stop - start
+    run_length = np.minimum(runs.end, stop[piece]) - run_begin
+    run_begin_in_row = run_begin + shift[piece]
+    run_turn, run_length_in_row = runs.turn, run_length
+    if len(run_length) and run_length.min() <= 0:  # some runs lie in other pieces
+        run_length = np.maximum(run_length, 0)
+        here = run_length.nonzero()[0]
+        run_turn, run_begin_in_row = run_turn[here], run_begin_in_row[here]
+        run_length_in_row = run_length[here]
 
     piece_of_turn = piece[runs.first_run]
-    turns_per_piece = np.bincount(piece_of_turn, minlength=len(spans))
+    turns_per_piece = np.bincount(piece_of_turn, minlength=len(piece_starts))
     turns_before = turns_per_piece.cumsum() - turns_per_piece
     turn_in_session = np.arange(len(piece_of_turn)) - turns_before[piece_of_turn]
     num_targets = runs.sum_by_turn(run_length)
@@ -184,15 +204,16 @@ def row_turns(pieces: RowPieces, spans: NDArray[np.int32], row_format: RowFormat
         num_targets=num_targets,
         loss_token_num=loss_token_num,
         divisor=divisor,
-        run_turn=runs.turn[here],
-        run_begin=(run_begin + shift[piece])[here],
-        run_length=run_length[here],
+        run_turn=run_turn,
+        run_begin=run_begin_in_row,
+        run_length=run_length_in_row,
     )
 
 
-def _num_positions(spans: NDArray[np.int32]) -> NDArray[np.int64]:
+def _num_positions(columns: NDArray[np.int64]) -> NDArray[np.int64]:
     """Positions of each piece that have a token to predict; (num_pieces,)."""
-    return (spans[:, 0] + spans[:, 3] - spans[:, 1] - 1).astype(np.int64)
+    system_stop, start, _, stop = columns
+    return system_stop + stop - start - 1
 
 
 def _round_up(num_positions: NDArray[np.int64], piece_multiple: int) -> NDArray[np.int64]:

@@ -105,7 +105,7 @@ class SessionStore:
             int(self._index.first_segments[index]), int(self._index.first_segments[index + 1])
         )
         lengths = np.array(self._index.segment_lengths[segments])
-        first_token = self._first_tokens(np.array([index]))
+        first_token = self._first_tokens(np.array([segments.start]))
         return EncodedSession(
             tokens=self._tokens.read(first_token, np.array([lengths.sum()])).astype(np.int32),
             segment_lengths=lengths,
@@ -124,15 +124,15 @@ class SessionStore:
         num_segments = self._index.first_segments[sessions + 1] - first_segments
         segments = indices_of_runs(first_segments, num_segments)
         return RowPieces(
-            tokens=self._tokens.read(*token_runs(self._first_tokens(sessions), spans)),
+            tokens=self._tokens.read(*token_runs(self._first_tokens(first_segments), spans)),
             num_segments=num_segments,
             segment_lengths=self._index.segment_lengths[segments],
             modes=self._index.modes[segments],
         )
 
-    def _first_tokens(self, sessions: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
-        """Where some sessions begin in the .bin, in tokens; (len(sessions),)."""
-        offsets = self._index.byte_offsets[self._index.first_segments[sessions]]
+    def _first_tokens(self, segments: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where some segments begin in the .bin, in tokens; (len(segments),)."""
+        offsets = self._index.byte_offsets[segments]
         first_tokens: NDArray[np.int64] = offsets // self._index.token_dtype.itemsize
         return first_tokens
 

@@ -155,6 +155,13 @@ def test_a_longer_plan_begins_with_the_shorter_one(plan: PackPlan) -> None:
     np.testing.assert_array_equal(shorter.row_offsets, plan.row_offsets[: len(shorter.row_offsets)])
 
 
+@pytest.mark.parametrize("wanted", [0, 1, 2, 3, 7])
+def test_there_are_as_many_epochs_as_rows_are_wanted(plan: PackPlan, wanted: int) -> None:
+    rows = wanted * plan.stats.num_rows // 2
+    made = pack(plan.pieces, sequence_length=1024, seed=7, at_least_rows=rows)
+    assert made.num_rows == max(1, -(-wanted // 2)) * plan.stats.num_rows >= rows
+
+
 def test_another_seed_is_another_plan(plan: PackPlan) -> None:
     other = pack(plan.pieces, sequence_length=1024, seed=8)
     assert row_contents(other) == row_contents(plan)
