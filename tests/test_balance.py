@@ -272,3 +272,28 @@ def test_batches_are_put_together_anew_in_every_epoch() -> None:
     )
     batches = [{frozenset(batch) for batch in order.reshape(-1, 64)} for order in (first, second)]
     assert not batches[0] & batches[1]
+
+
+def test_a_batch_over_the_end_of_an_epoch_has_groups_of_like_cost() -> None:
+    """Its parts know nothing of each other, and share a group: 3 rows of one, 5 of the other."""
+    num_rows, schedule = 1003, BatchSchedule(((0, 64),))
+    costs = np.arange(1.0, num_rows + 1)
+    read = [
+        costs[
+            balanced_order(
+                costs,
+                schedule.stretches(begin, begin + num_rows),
+                group_sizes={64: 8},
+                seed=[4, epoch],
+            )
+        ]
+        for epoch, begin in enumerate(range(0, 3 * num_rows, num_rows))
+    ]
+    batches = np.concatenate(read)[: 3 * num_rows // 64 * 64].reshape(-1, 8, 8)
+    assert num_rows % 8 == 3
+    spread = np.ptp(batches, axis=2)
+    assert spread.max() <= 0.02 * num_rows
+    # And one group of each stratum, as every other batch.
+    for batch in (num_rows // 64, 2 * num_rows // 64):
+        strata = (batches[batch].mean(axis=1) / num_rows * 8).astype(int)
+        assert sorted(strata.tolist()) == list(range(8))

@@ -218,6 +218,19 @@ def test_a_blend_without_weights_is_balanced_as_a_whole(tmp_path: Path) -> None:
     assert leaves_of(rows) == datasets
 
 
+def test_batches_are_even_in_every_epoch(tmp_path: Path) -> None:
+    """Epochs do not begin with a batch."""
+    schedule = BatchSchedule(((0, 16),))
+    rows = ordered(Packed(9000, 3), schedule, tmp_path)
+    assert (len(rows) // 3) % 16
+    for epoch in range(3):
+        measured = rows.imbalance(8, begin=epoch * len(rows) // 3)
+        assert measured is not None
+        before, after = measured
+        assert after.mean < 1.01 < 1.1 < before.mean
+        assert after.worst < 1.03
+
+
 def test_the_imbalance_is_of_the_batches_to_come(tmp_path: Path) -> None:
     schedule = BatchSchedule(((0, 4), (400, 16)))
     rows = ordered(Packed(9000, 1), schedule, tmp_path)
