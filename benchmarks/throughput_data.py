@@ -11,8 +11,9 @@ from megatron_multiturn.encoding import EncodedSession
 from megatron_multiturn.manifest import TemplateIdentity
 from megatron_multiturn.modes import CONTEXT
 from megatron_multiturn.packing import pack
-from megatron_multiturn.store import SessionStore, SessionWriter, tokenizer_fingerprint
-from megatron_multiturn.vocabulary import TokenizerIdentity
+from megatron_multiturn.session_writer import SessionWriter
+from megatron_multiturn.store import SessionStore
+from megatron_multiturn.vocabulary import TokenizerIdentity, tokenizer_fingerprint
 from megatron_multiturn.windows import cut_sessions
 
 TOKENIZER_TYPE = "NullTokenizer"

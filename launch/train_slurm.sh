@@ -68,8 +68,21 @@ if [[ ${DRY_RUN:-0} == 1 ]]; then
     exec "$root/launch/train_torchrun.sh" "$@"
 fi
 
+# run_step: and note what the job says that TRAIN_EPOCHS are in iterations.
+run_step() {
+    if [[ -z ${TRAIN_EPOCHS:-} ]]; then
+        "${step[@]}"
+    else
+        mkdir -p "$SAVE_DIR"
+        "${step[@]}" | sed -u -e p \
+            -e "s/.*--train-epochs .* so --train-iters \([0-9]*\)\$/\1/w $SAVE_DIR/train_iters.txt" \
+            -e d
+        TRAIN_ITERS=$(tail -n 1 "$SAVE_DIR/train_iters.txt")
+    fi
+}
+
 start=$(latest_iteration)
-"${step[@]}"
+run_step
 reached=$(latest_iteration)
 if ((reached < ${TRAIN_ITERS:-10000} && reached > start)); then
     echo "iteration $reached of ${TRAIN_ITERS:-10000} is saved in $SAVE_DIR; the job is queued again"

@@ -9,6 +9,7 @@
 # MEGATRON_PATH    a Megatron-LM checkout: its pretrain_gpt.py is run; without it, the installed
 #                  megatron-core
 # DRY_RUN=1        print the command and stop
+# TRAIN_ITERS      how long to train, 10000 by default; or TRAIN_EPOCHS
 #
 # The size of the model and of the run: the variables below. Flags given behind the script come
 # last, so they win. On several nodes set torchrun's NNODES, NODE_RANK, MASTER_ADDR and
@@ -20,7 +21,10 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 : "${TOKENIZER_MODEL:?set it to the tokenizer that the dataset was written with}"
 : "${SAVE_DIR:?set it to a folder for checkpoints}"
 seq_length=${SEQ_LENGTH:-4096}
-train_iters=${TRAIN_ITERS:-10000}
+length=(--train-iters "${TRAIN_ITERS:-10000}")
+if [[ -n ${TRAIN_EPOCHS:-} ]]; then
+    length=(--train-epochs "$TRAIN_EPOCHS")
+fi
 
 count_gpus() { { nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l; }
 
@@ -96,7 +100,7 @@ fi
 optimizer=(
     --micro-batch-size "${MICRO_BATCH_SIZE:-1}"
     --global-batch-size "${GLOBAL_BATCH_SIZE:-128}"
-    --train-iters "$train_iters"
+    "${length[@]}"
     --lr "${LEARNING_RATE:-3e-4}"
     --min-lr "${MIN_LEARNING_RATE:-3e-5}"
     --lr-decay-style cosine

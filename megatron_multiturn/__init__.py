@@ -22,6 +22,8 @@ The way of the data; each module imports only modules above it:
          v
      row arrays
          |  dataset.py     MultiTurnDataset: splits, epochs, the cached plan
+         |  balance.py     which rows form a batch, for even ranks; row_order.py: of a run
+         |  epochs.py      --train-epochs; resume.py: a run goes on with its own rows only
          |  provider.py    --dataset-provider: hands the datasets to Megatron's pretrain
          v
        Batch

@@ -89,6 +89,7 @@ def _hook_megatron(*, on_cpu: bool, has_script: bool) -> None:
     from megatron_multiturn.layer_spec import adapt_mtp_spec
     from megatron_multiturn.loss import COUNTS
     from megatron_multiturn.mtp import roll_within_pieces
+    from megatron_multiturn.resume import remember_checkpoint
 
     def prepare(args: argparse.Namespace) -> None:
         # A YAML configuration has none of our flags, and is refused.
@@ -126,6 +127,7 @@ def _hook_megatron(*, on_cpu: bool, has_script: bool) -> None:
     megatron_hooks.skip_needless_compilation()
     megatron_hooks.hook_arguments(add_multiturn_args, prepare)
     megatron_hooks.hook_pretrain(replacements)
+    megatron_hooks.hook_checkpoint_arguments(remember_checkpoint)
     megatron_hooks.hook_mtp(adapt_mtp, roll_within_pieces)
     megatron_hooks.hook_evaluation_report(COUNTS)
 

@@ -60,6 +60,19 @@ def add_multiturn_args(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         "micro-batch the faster of these two (default). fa4: FlashAttention 4",
     )
     group.add_argument(
+        "--no-balance-data-parallel",
+        action="store_false",
+        dest="balance_data_parallel",
+        help="train on the rows in shuffled order, instead of one that evens the attention cost of "
+        "data parallel ranks",
+    )
+    group.add_argument(
+        "--train-epochs",
+        type=float,
+        metavar="F",
+        help="train for so many epochs, or a fraction of one, in place of --train-iters",
+    )
+    group.add_argument(
         "--log-turn-index",
         type=int,
         default=0,
@@ -93,6 +106,8 @@ def prepare_args(args: argparse.Namespace, *, on_cpu: bool) -> list[str]:
         args.calculate_per_token_loss = True
         args.create_attention_mask_in_dataloader = False
         args.spec = layer_spec(args.packed_attention)
+    if args.train_epochs is not None:
+        notices.append(_set_training_length(args))
     return notices
 
 
@@ -156,6 +171,26 @@ def has_module(name: str) -> bool:
         return importlib.util.find_spec(name) is not None
     except ImportError:  # of the package that should hold it
         return False
+
+
+def _set_training_length(args: argparse.Namespace) -> str:
+    """Turn --train-epochs into what Megatron knows, in place."""
+    if args.dataset_provider != "multiturn":
+        raise ConfigError(
+            f"--train-epochs: --dataset-provider {args.dataset_provider} does not say how long an "
+            "epoch is; pass --train-iters"
+        )
+    # Not for --help.
+    from megatron_multiturn.epochs import set_training_length
+    from megatron_multiturn.provider import batch_schedule, planning_config
+
+    if args.data_path is not None and args.split is None:
+        raise ConfigError("--train-epochs needs --split; pass --split 100,0,0 to train on all")
+    if args.global_batch_size is None and not args.step_batch_size_schedule:
+        model_size = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
+        data_parallel_size = args.world_size // (model_size * args.context_parallel_size)
+        args.global_batch_size = args.micro_batch_size * data_parallel_size
+    return set_training_length(args, planning_config(args), batch_schedule(args))
 
 
 def _fit_to_machine(args: argparse.Namespace, *, on_cpu: bool) -> list[str]:

@@ -93,19 +93,20 @@ def _loss_token_num(
     turn_in_session: NDArray[np.int64],
     turns_per_piece: NDArray[np.int64],
 ) -> NDArray[np.float64]:
-    num_turns = turns_per_piece.repeat(turns_per_piece)  # of the session that the turn is in
     match loss_average:
         case "turn":
             return num_targets.astype(np.float64)
         case "token":
             return np.ones(len(num_targets))
         case "session":
+            num_turns = turns_per_piece.repeat(turns_per_piece)  # of the turn's session
             return (session_targets * num_turns).astype(np.float64)
         case "session-token":
             piece = np.arange(len(turns_per_piece)).repeat(turns_per_piece)
             return np.bincount(piece, session_targets)[piece]
         case "prefix":
             harmonic = np.cumsum(1 / np.arange(1, turns_per_piece.max(initial=0) + 1))
+            num_turns = turns_per_piece.repeat(turns_per_piece)
             before = harmonic[turn_in_session] - 1 / (turn_in_session + 1)
             return session_targets / (harmonic[num_turns - 1] - before)
         case _:

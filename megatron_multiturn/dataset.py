@@ -4,14 +4,13 @@ One of these is one split of one dataset on disk. It holds as many epochs as the
 each epoch packs every session once, with other neighbours.
 """
 
-import functools
-import hashlib
 import os
 import time
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from megatron.core.datasets.blended_megatron_dataset_config import BlendedMegatronDatasetConfig
 from megatron.core.datasets.megatron_dataset import MegatronDataset
 from numpy.typing import NDArray
@@ -20,7 +19,8 @@ from megatron_multiturn.errors import DatasetError
 from megatron_multiturn.packing import PackPlan, pack
 from megatron_multiturn.plan_cache import PlanKey, cached_plan
 from megatron_multiturn.samples import RowFormat, build_row
-from megatron_multiturn.store import SessionStore, TokenizerIdentity
+from megatron_multiturn.store import SessionStore
+from megatron_multiturn.vocabulary import TokenizerIdentity
 from megatron_multiturn.windows import CutReport, PieceTable, cut_sessions
 
 # Masks and boundaries come from the data, never from ids, so any id serves as padding.
@@ -48,6 +48,9 @@ class MultiTurnDatasetConfig(BlendedMegatronDatasetConfig):
 
     piece_multiple: int = 1
     """Positions of a piece are rounded up to a multiple of this."""
+
+    object_storage_cache_path: str | None = None
+    """Folder on this node for the indices of datasets in object storage."""
 
     tokenizer_identity: TokenizerIdentity | None = None
     """The training tokenizer; a dataset made with another one is refused. None: no check."""
@@ -77,6 +80,8 @@ class MultiTurnDataset(MegatronDataset):
                 f"{dataset.num_sessions:,} sessions; change --split, or pass --eval-iters 0 to "
                 "train without evaluation"
             )
+        # Megatron made an array of all numbers from first to last, for every rank.
+        self.indices = np.zeros(0, dtype=np.int32)
         self.plan = _plan(dataset, sessions, num_samples, index_split.name, config)
         self._row_format = RowFormat(
             sequence_length=config.sequence_length,
@@ -96,7 +101,11 @@ class MultiTurnDataset(MegatronDataset):
     @staticmethod
     def build_low_level_dataset(dataset_path: str, config: MultiTurnDatasetConfig) -> SessionStore:
         """Open the dataset on disk; DatasetError if incomplete or of another tokenizer."""
-        store = SessionStore.open(dataset_path, mmap=config.mmap_bin_files)
+        store = SessionStore.open(
+            dataset_path,
+            mmap=config.mmap_bin_files,
+            index_cache=config.object_storage_cache_path,
+        )
         if any(weight != 1 for weight in store.manifest.turn_weights):
             raise DatasetError(
                 f"{dataset_path} weighs turns by {store.manifest.turn_weights}, which this version "
@@ -125,13 +134,10 @@ class MultiTurnDataset(MegatronDataset):
 
     def __getitem__(self, idx: int) -> dict[str, NDArray[Any]]:
         """Row `idx`: the arrays of the sample contract, see `samples.build_row`."""
-        pieces = self.plan.pieces_of_row(idx)
-        sessions = self.plan.pieces.session[pieces]
-        return build_row(
-            [self.dataset.session(int(session)) for session in sessions],
-            self.plan.pieces.spans[pieces],
-            self._row_format,
-        )
+        row_pieces = self.plan.pieces_of_row(idx)
+        spans = self.plan.pieces.spans_of(row_pieces)
+        pieces = self.dataset.read_pieces(self.plan.pieces.session[row_pieces], spans)
+        return build_row(pieces, spans, self._row_format)
 
     def set_num_boundaries(self, num_boundaries: int) -> None:
         """Lengthen `cu_seqlens` to what the largest dataset of the run needs."""
@@ -166,7 +172,7 @@ def _plan(
 ) -> PackPlan:
     """The cached plan of at least `num_samples` rows over `sessions`, or a new one."""
     key = PlanKey(
-        dataset_hash=_dataset_hash(store),
+        dataset_hash=store.manifest.idx_sha256,
         sessions=(sessions.start, sessions.stop),
         num_samples=num_samples,
         seed=config.random_seed,
@@ -176,38 +182,46 @@ def _plan(
         session_window=config.session_window,
         window_context=config.window_context,
     )
-    folder = config.path_to_cache or f"{store.prefix}.plans"
-    return cached_plan(folder, key, lambda: _build_plan(store, sessions, key, split_name))
-
-
-def _dataset_hash(store: SessionStore) -> str:
-    """Names the content of a dataset: its manifest, and when its index was written."""
-    written = os.stat(f"{store.prefix}.idx").st_mtime_ns
-    return hashlib.sha256(f"{written}{store.manifest.to_json()}".encode()).hexdigest()
-
-
-def _build_plan(store: SessionStore, sessions: range, key: PlanKey, split_name: str) -> PackPlan:
+    folder = config.path_to_cache or f"{store.local_prefix}.plans"
+    split = f"{split_name} split of {store.prefix}"
+    doing = f"plan the {split}, {len(sessions):,} sessions"
     start_time = time.perf_counter()
+
+    def build() -> tuple[PackPlan, CutReport]:
+        print(f"> {doing[0].upper()}{doing[1:]}; all ranks of this node wait for it", flush=True)
+        return _build_plan(store, sessions, key, split_name)
+
+    found = cached_plan(folder, key, build, doing=doing)
+    if found.built_here or _speaks():
+        num_epochs = found.plan.num_rows // max(1, found.plan.stats.num_rows)
+        seconds = time.perf_counter() - start_time
+        print(
+            f"> {split}: {found.report}; {found.plan.stats}; {num_epochs:,} "
+            f"epoch{'s' * (num_epochs != 1)}; "
+            f"{'planned' if found.built_here else 'plan read'} in {seconds:.1f} s",
+            flush=True,
+        )
+    return found.plan
+
+
+def _speaks() -> bool:
+    if torch.distributed.is_initialized():
+        return bool(torch.distributed.get_rank() == 0)
+    return os.environ.get("RANK", "0") == "0"  # plans are counted before there are process groups
+
+
+def _build_plan(
+    store: SessionStore, sessions: range, key: PlanKey, split_name: str
+) -> tuple[PackPlan, CutReport]:
     pieces, report = _cut(store, sessions, key, split_name)
-    pack_epochs = functools.partial(
-        pack,
+    plan = pack(
         pieces,
         sequence_length=key.sequence_length,
         piece_multiple=key.piece_multiple,
         seed=key.seed,
+        at_least_rows=key.num_samples or 0,
     )
-    plan, num_epochs = pack_epochs(), 1
-    if key.num_samples and plan.num_rows:
-        num_epochs = -(-key.num_samples // plan.num_rows)
-    if num_epochs > 1:
-        plan = pack_epochs(num_epochs=num_epochs)
-    seconds = time.perf_counter() - start_time
-    print(
-        f"> {split_name} split of {store.prefix}: {report}; {plan.stats}; {num_epochs:,} "
-        f"epoch{'s' * (num_epochs > 1)}; planned in {seconds:.1f} s",
-        flush=True,
-    )
-    return plan
+    return plan, report
 
 
 def _cut(
@@ -238,4 +252,4 @@ def _cut(
             f"the {split_name} split of {store.prefix} fills no row ({report}); raise "
             "--seq-length or pass --long-session window"
         )
-    return replace(pieces, session=pieces.session + sessions.start), report
+    return replace(pieces, session=pieces.session + np.int32(sessions.start)), report

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from megatron_multiturn.averages import LOSS_AVERAGES, weigh_turns
 from megatron_multiturn.packing import PackStats
-from megatron_multiturn.samples import target_runs
 from megatron_multiturn.store import SessionStore
+from megatron_multiturn.targets import target_runs
 from megatron_multiturn.windows import CutReport
 
 PERCENTILES = (0, 1, 10, 50, 90, 99, 100)

@@ -16,6 +16,7 @@ from megatron_multiturn.modes import begins_turn
 from megatron_multiturn.packing import PackPlan
 from megatron_multiturn.plan_cache import PlanKey, cached_plan
 from megatron_multiturn.store import SessionStore
+from megatron_multiturn.windows import CutReport
 
 _NUMBER = r"\s*([-+.\w]+)"
 _ITERATION = re.compile(
@@ -126,10 +127,10 @@ def _training_plan(cache: Path) -> PackPlan:
     if not keys:
         raise DatasetError(f"{cache}: holds no pack plan; run the quickstart again")
     key = max(keys, key=lambda key: key.num_samples or 0)
-    return cached_plan(cache, key, _no_plan)
+    return cached_plan(cache, key, _no_plan).plan
 
 
-def _no_plan() -> PackPlan:
+def _no_plan() -> tuple[PackPlan, CutReport]:
     raise DatasetError("the pack plan of the training was changed since; run the quickstart again")
 
 
@@ -139,7 +140,7 @@ def _seen(plan: PackPlan, store: SessionStore, num_rows: int) -> tuple[int, int]
     pieces, times = np.unique(used, return_counts=True)
     turns = tokens = 0
     for piece, count in zip(pieces.tolist(), times.tolist(), strict=True):
-        system_stop, start, target_start, stop = plan.pieces.spans[piece].tolist()
+        system_stop, start, target_start, stop = plan.pieces.spans_of(np.array([piece]))[0].tolist()
         session = store.session(int(plan.pieces.session[piece]))
         lengths = session.segment_lengths.astype(np.int64)
         begins = np.cumsum(lengths) - lengths

@@ -13,7 +13,7 @@ from megatron_multiturn.attention import packed_rows
 from megatron_multiturn.batch import Batch, broadcast_rows, keep_positions_of_rank
 from megatron_multiturn.loss import loss_func, loss_weights, turn_report
 from megatron_multiturn.moe import AuxiliaryLossScale
-from megatron_multiturn.provider import row_shape
+from megatron_multiturn.provider import row_shape, training_epoch
 
 Rows = dict[str, Tensor]
 
@@ -49,13 +49,17 @@ def forward_step(
         padding_mask=_routing_padding(batch, model, args),
     )
     share = _share_of_global_batch(model, args, device=batch.loss_mask.device)
-    return output, functools.partial(checked_loss_func, batch, share)
+    epoch = training_epoch(megatron.rows_after_this_step(args)) if model.training else None
+    return output, functools.partial(checked_loss_func, batch, share, epoch)
 
 
 def checked_loss_func(
-    batch: Batch, batch_share: Tensor, output_tensor: Tensor
+    batch: Batch, batch_share: Tensor, epoch: float | None, output_tensor: Tensor
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """`loss_func` and `turn_report`, with the checks that Megatron's flags ask for."""
+    """`loss_func` and `turn_report`, with the checks that Megatron's flags ask for.
+
+    epoch: how many epochs are trained after this step, to be shown in the log.
+    """
     args = megatron.get_args()
     loss, divisor, report = loss_func(
         batch.loss_mask, batch.loss_token_num, batch.turn_num, output_tensor
@@ -67,6 +71,8 @@ def checked_loss_func(
         batch_share=batch_share,
         num_turn_indices=args.log_turn_index,
     )
+    if epoch is not None:
+        report["epoch"] = torch.stack([epoch * batch_share, batch_share])
     megatron.validate_loss(
         loss,
         check_finite=args.check_for_nan_in_loss_and_grad,

@@ -122,7 +122,7 @@ def _show_session(store: SessionStore, args: argparse.Namespace, style: Style) -
     plan, report = _plan(store, args, sessions, args.seq_length or max(1, length - 1))
     if not len(plan.pieces):
         raise DatasetError(f"no piece comes of session {args.session}: {report}")
-    pieces = _shown_pieces(store, plan.pieces, np.arange(len(plan.pieces)))
+    pieces = _shown_pieces(store, plan.pieces, np.arange(len(plan.pieces), dtype=np.int32))
     heading = (
         f"session {args.session:,} of {store.num_sessions:,}: {length:,} tokens, "
         f"--loss-average {args.loss_average}"
@@ -170,10 +170,10 @@ def _plan(
 
 
 def _shown_pieces(
-    store: SessionStore, table: PieceTable, indices: NDArray[np.int64]
+    store: SessionStore, table: PieceTable, indices: NDArray[np.int32]
 ) -> list[ShownPiece]:
     sessions = table.session[indices].tolist()
-    spans = table.spans[indices].tolist()
+    spans = table.spans_of(indices).tolist()
     return [
         ShownPiece(session_index=number, session=store.session(number), span=tuple(span))
         for number, span in zip(sessions, spans, strict=True)

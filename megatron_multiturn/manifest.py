@@ -12,7 +12,7 @@ from megatron_multiturn.errors import DatasetError
 from megatron_multiturn.modes import MAX_TURN_WEIGHTS
 from megatron_multiturn.vocabulary import TokenizerIdentity
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +57,7 @@ class Manifest:
     inputs: tuple[InputFile, ...]
     bin_bytes: int
     idx_bytes: int
+    idx_sha256: str  # names what the pack plan depends on, wherever the files lie
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False, indent=2) + "\n"
@@ -89,10 +90,13 @@ def read_manifest(prefix: str) -> Manifest:
 
 def describe_input(path: str) -> InputFile:
     """Size and hash of an input file."""
+    return InputFile(path=path, num_bytes=os.stat(path).st_size, sha256=file_hash(path))
+
+
+def file_hash(path: str) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
     with open(path, "rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256")
-        num_bytes = os.fstat(stream.fileno()).st_size
-    return InputFile(path=path, num_bytes=num_bytes, sha256=digest.hexdigest())
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _from_json(value: dict[str, Any], path: str) -> Manifest:

@@ -31,6 +31,38 @@ def build_megatron_tokenizer(args: argparse.Namespace) -> Any:
     return build_tokenizer(args)
 
 
+def object_storage_reader(path: str) -> Any:
+    """Megatron's reader of a .bin in object storage: read(dtype, count, offset in bytes).
+
+    It asks for what is read and no more: sessions of a row lie far apart, and of the 256 MiB
+    that Megatron's S3 reader takes at a time next to nothing would be used.
+    """
+    from megatron.core.datasets import indexed_dataset, object_storage_utils
+
+    config = object_storage_utils.ObjectStorageConfig(path_to_idx_cache="", bin_chunk_nbytes=1)
+    access = object_storage_utils.get_object_storage_access(path)
+    return indexed_dataset.OBJECT_STORAGE_BIN_READERS[access](path, config)
+
+
+def download_object(remote_path: str, local_path: str) -> None:
+    """Copy a file from object storage, on whichever rank this is.
+
+    Megatron's `cache_index_file` copies on global rank 0 alone, and no other node has it then.
+    """
+    from megatron.core.datasets import object_storage_utils
+
+    if object_storage_utils.get_object_storage_access(remote_path) == "s3":
+        client = object_storage_utils.boto3.client("s3")
+        try:
+            object_storage_utils._s3_download_file(client, remote_path, local_path)
+        finally:
+            client.close()
+    else:
+        object_storage_utils.MultiStorageClientFeature.import_package().download_file(
+            remote_path, local_path
+        )
+
+
 def get_args() -> argparse.Namespace:
     """Megatron's parsed arguments; only in a training process."""
     from megatron.training import get_args
@@ -68,12 +100,17 @@ def get_blends(args: argparse.Namespace) -> tuple[Any, Any]:
 
 def scheduled_batch_sizes(args: argparse.Namespace) -> list[int]:
     """The sizes that `--step-batch-size-schedule` gives the global batch one after the other."""
+    return [size for _, size in batch_size_thresholds(args)]
+
+
+def batch_size_thresholds(args: argparse.Namespace) -> list[tuple[int, int]]:
+    """The same, each with the number of rows that must be consumed for it."""
     if not getattr(args, "step_batch_size_schedule", None):
         return []
     from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
 
     parse = StepBatchsizeNumMicroBatchesCalculator._parse_schedule
-    return [size for _, size in parse(args.step_batch_size_schedule, args.seq_length)]
+    return parse(args.step_batch_size_schedule, args.seq_length)
 
 
 def tensor_parallel_group() -> Any:
@@ -132,6 +169,13 @@ def num_micro_batches() -> int:
     from megatron.core.num_microbatches_calculator import get_num_microbatches
 
     return int(get_num_microbatches())
+
+
+def rows_after_this_step(args: argparse.Namespace) -> int:
+    """Rows that will have been trained on after the present training step."""
+    from megatron.core.num_microbatches_calculator import get_current_global_batch_size
+
+    return int(args.consumed_train_samples + get_current_global_batch_size())
 
 
 def all_to_all(group: Any, tensor: torch.Tensor) -> torch.Tensor:

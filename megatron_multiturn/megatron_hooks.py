@@ -97,6 +97,24 @@ def hook_pretrain(replacements: Callable[[], dict[str, Any]]) -> None:
     training.pretrain = training.training.pretrain = pretrain_with_ours
 
 
+def hook_checkpoint_arguments(look: ArgsHook) -> None:
+    """Let `look` see the arguments kept in the checkpoint that a run goes on from.
+
+    Patches where Megatron compares them with its own, which it does not with --finetune: it keeps
+    nothing of them but how many rows were consumed.
+    """
+    from megatron.training import checkpointing
+
+    check = checkpointing.check_checkpoint_args
+
+    @functools.wraps(check)
+    def look_and_check(checkpoint_args: argparse.Namespace, *args: Any, **kwargs: Any) -> Any:
+        look(checkpoint_args)
+        return check(checkpoint_args, *args, **kwargs)
+
+    checkpointing.check_checkpoint_args = look_and_check
+
+
 def hook_mtp(adapt_spec: Callable[[Any, str], None], roll: Callable[..., Any]) -> None:
     """Let multi-token prediction keep pieces apart.
 

@@ -24,8 +24,8 @@ from megatron_multiturn.encoding import EncodedSession, SessionEncoder
 from megatron_multiturn.errors import ConfigError, MultiTurnError, SessionError
 from megatron_multiturn.manifest import Counts, TemplateIdentity, describe_input
 from megatron_multiturn.records import RawRecord, check_input_files, read_records
+from megatron_multiturn.session_writer import SessionWriter, output_paths
 from megatron_multiturn.sessions import parse_session
-from megatron_multiturn.store import SessionWriter, output_paths
 from megatron_multiturn.templates import Template
 from megatron_multiturn.vocabulary import TokenizerIdentity
 

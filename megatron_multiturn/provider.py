@@ -14,14 +14,20 @@ import torch
 
 from megatron_multiturn import megatron_compat as megatron
 from megatron_multiturn.batch import RowShape
+from megatron_multiturn.batches import BatchSchedule
+from megatron_multiturn.blends import leaves_of
 from megatron_multiturn.dataset import MultiTurnDataset, MultiTurnDatasetConfig
+from megatron_multiturn.epochs import describe_length, rows_per_epoch, training_blend
 from megatron_multiturn.errors import ConfigError, DatasetError
+from megatron_multiturn.resume import PLAN_ARGUMENT, check_goes_on, describe_plan
+from megatron_multiturn.row_order import BalancedRows, balance_rows, end_of_window
 from megatron_multiturn.samples import largest_divisor_unit
 from megatron_multiturn.vocabulary import tokenizer_fingerprint
 
 DatasetsProvider = Callable[..., tuple[Any, Any, Any]]
 
 _row_shape: RowShape | None = None
+_rows_per_epoch: int = 0
 
 
 def row_shape() -> RowShape:
@@ -29,6 +35,11 @@ def row_shape() -> RowShape:
     if _row_shape is None:
         raise ConfigError("the forward step was called before the datasets provider")
     return _row_shape
+
+
+def training_epoch(num_rows: int) -> float | None:
+    """How many epochs `num_rows` rows of training are; None where a provider does not say."""
+    return num_rows / _rows_per_epoch if _rows_per_epoch else None
 
 
 def train_valid_test_datasets_provider(
@@ -47,30 +58,103 @@ def train_valid_test_datasets_provider(
             "by megatron-multiturn-preprocess"
         )
     num_samples = list(train_val_test_num_samples)
-    if num_samples[0] is not None:
-        # The last batch of a schedule ends beyond --train-samples.
-        num_samples[0] += max(megatron.scheduled_batch_sizes(args), default=0)
+    wanted = num_samples[0]
+    num_samples[0] = _rows_to_plan(args, config, wanted)
     train, valid, test = megatron.build_blended_datasets(
         MultiTurnDataset,
         num_samples,
         lambda: megatron.tensor_parallel_group().rank() == 0,
         config,
     )
-    wanted = train_val_test_num_samples[0]
-    if train is not None and wanted is not None and len(train) < wanted:
+    if train is None:
+        return train, valid, test
+    if wanted is not None and len(train) < wanted:
         raise ConfigError(
             f"the training data hold {len(train):,} rows, and --train-iters asks for {wanted:,}: "
             "Megatron does not repeat several datasets without weights; put a weight before each "
             "path, or lower --train-iters"
         )
+    if wanted:
+        train = _put_in_order(train, wanted, args, config)
     return train, valid, test
 
 
+def _rows_to_plan(
+    args: argparse.Namespace, config: MultiTurnDatasetConfig, wanted: int | None
+) -> int | None:
+    """How many rows of training data Megatron's builder is asked for."""
+    blend = training_blend(config)
+    if not wanted or blend is None:
+        return wanted
+    schedule = batch_schedule(args)
+    # The last batch of a schedule ends beyond --train-samples.
+    wanted += max(schedule.sizes()) if len(schedule.steps) > 1 else 0
+    prefixes, weights = blend
+    if args.balance_data_parallel and weights is not None:
+        return end_of_window(schedule, wanted)
+    if args.balance_data_parallel and len(prefixes) > 1:
+        return None  # all there is: which of it comes first is decided here
+    return wanted
+
+
+def _put_in_order(
+    train: Any, num_rows: int, args: argparse.Namespace, config: MultiTurnDatasetConfig
+) -> Any:
+    """The training rows in the order of this run, which must be that of its checkpoint."""
+    blend = training_blend(config)
+    rows = train
+    if args.balance_data_parallel:
+        rows = balance_rows(
+            train,
+            batch_schedule(args),
+            seed=config.random_seed,
+            micro_batch_size=args.micro_batch_size,
+            has_weights=blend is not None and blend[1] is not None,
+            folder=config.path_to_cache or f"{leaves_of(train)[0].dataset.local_prefix}.plans",
+        )
+    plan = describe_plan(rows, config)
+    check_goes_on(plan)
+    setattr(args, PLAN_ARGUMENT, plan)
+    _say(rows, train, num_rows, args)
+    return rows
+
+
+def _say(rows: Any, train: Any, num_rows: int, args: argparse.Namespace) -> None:
+    """Print, on rank 0, how long the training is and how evenly its ranks work."""
+    if torch.distributed.get_rank():
+        return
+    print(f"> training: {describe_length(train, num_rows, args.consumed_train_samples)}")
+    data_parallel_size = megatron.data_parallel_size()
+    if isinstance(rows, BalancedRows) and data_parallel_size > 1:
+        measured = rows.imbalance(data_parallel_size, args.consumed_train_samples)
+        if measured is not None:
+            print(
+                f"> attention cost of the slowest of {data_parallel_size} data parallel ranks, by "
+                f"the mean:\n  {measured[1]}; in shuffled order {measured[0]}",
+                flush=True,
+            )
+
+
+def batch_schedule(args: argparse.Namespace) -> BatchSchedule:
+    """The sizes of the run's global batches."""
+    return BatchSchedule.from_thresholds(
+        megatron.batch_size_thresholds(args) or [(0, args.global_batch_size)]
+    )
+
+
 def dataset_config(args: argparse.Namespace) -> MultiTurnDatasetConfig:
-    """The dataset's configuration from Megatron's arguments."""
-    blend, blend_per_split = megatron.get_blends(args)
+    """The dataset's configuration from Megatron's arguments, to train with its tokenizer."""
+    config = planning_config(args)
     batch_sizes = [args.global_batch_size, args.eval_global_batch_size]
     batch_sizes += megatron.scheduled_batch_sizes(args)
+    config.divisor_unit = largest_divisor_unit(args.loss_average, max(batch_sizes), args.seq_length)
+    config.tokenizer_identity = tokenizer_fingerprint(megatron.get_tokenizer(), args.tokenizer_type)
+    return config
+
+
+def planning_config(args: argparse.Namespace) -> MultiTurnDatasetConfig:
+    """As much of it as decides the rows, which is known before Megatron validates its arguments."""
+    blend, blend_per_split = megatron.get_blends(args)
     return MultiTurnDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
@@ -82,14 +166,13 @@ def dataset_config(args: argparse.Namespace) -> MultiTurnDatasetConfig:
         num_dataset_builder_threads=args.num_dataset_builder_threads,
         path_to_cache=args.data_cache_path,
         mmap_bin_files=args.mmap_bin_files,
+        object_storage_cache_path=args.object_storage_cache_path,
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
         loss_average=args.loss_average,
-        divisor_unit=largest_divisor_unit(args.loss_average, max(batch_sizes), args.seq_length),
         long_session=args.long_session,
         session_window=args.session_window,
         window_context=args.window_context,
         piece_multiple=args.piece_multiple,
-        tokenizer_identity=tokenizer_fingerprint(megatron.get_tokenizer(), args.tokenizer_type),
     )
 
 
@@ -104,11 +187,12 @@ def select_provider(name: str) -> DatasetsProvider:
 
     # With virtual pipeline stages Megatron insists on this parameter.
     def provide(*args: Any, vp_stage: int | None = None, **kwargs: Any) -> tuple[Any, Any, Any]:
-        global _row_shape
+        global _row_shape, _rows_per_epoch
         if takes_vp_stage:
             kwargs["vp_stage"] = vp_stage
         datasets = provider(*args, **kwargs)
         _row_shape = agree_on_row_shape(datasets, megatron.get_args().seq_length)
+        _rows_per_epoch = agree_on_epoch(datasets[0])
         return datasets
 
     # Megatron then calls it on every rank, and leaves the choice of ranks to it.
@@ -139,6 +223,15 @@ def agree_on_row_shape(datasets: Sequence[Any], sequence_length: int) -> RowShap
                 f"of this run emits {num_boundaries}; pad them to one length"
             )
     return RowShape(sequence_length=sequence_length, num_boundaries=num_boundaries)
+
+
+def agree_on_epoch(train: Any) -> int:
+    """Rows of an epoch of the training data on all ranks, 0 if unknown; collective over them."""
+    leaves = [] if train is None else leaves_of(train)
+    is_ours = bool(leaves) and all(isinstance(leaf, MultiTurnDataset) for leaf in leaves)
+    num_rows = torch.tensor(rows_per_epoch(train) if is_ours else 0, device="cuda")
+    torch.distributed.all_reduce(num_rows, op=torch.distributed.ReduceOp.MAX)
+    return int(num_rows)
 
 
 def _leaf_datasets(datasets: Sequence[Any]) -> Iterator[Any]:

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_multiturn.decoding import RunDecoder
-from megatron_multiturn.samples import RowFormat, RowTurns, SessionArrays, row_turns
+from megatron_multiturn.row_pieces import SessionArrays, join_sessions
+from megatron_multiturn.samples import RowFormat, RowTurns, row_turns
 
 _TURN_COLORS = (32, 33, 36, 35, 34, 31)  # the terminal's own green, yellow, cyan, ...
 _BAR_WIDTH = 16
@@ -88,7 +89,8 @@ def format_pieces(
     """The pieces one below the other, then a line for each turn with its weight in the loss."""
     assert row_format.piece_multiple == 1
     spans = np.array([piece.span for piece in pieces], dtype=np.int32)
-    turns = row_turns([piece.session for piece in pieces], spans, row_format)
+    joined = join_sessions([piece.session for piece in pieces], spans)
+    turns = row_turns(joined, spans, row_format)
     shown_turns = np.flatnonzero(turns.num_targets)
     number_of_turn = np.zeros(len(turns.num_targets), dtype=np.int64)
     number_of_turn[shown_turns] = np.arange(1, len(shown_turns) + 1)

@@ -13,9 +13,8 @@ the global batch: the mean over its turns of the mean over each turn's target to
 averages are other numbers in the same arrays, see `averages`.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,32 +26,17 @@ from megatron_multiturn.averages import (
     weigh_turns,
 )
 from megatron_multiturn.errors import ConfigError
-from megatron_multiturn.modes import begins_turn, is_target
+from megatron_multiturn.row_pieces import RowPieces
+from megatron_multiturn.targets import target_runs
 
 __all__ = [
     "LOSS_AVERAGES",
     "RowFormat",
     "RowTurns",
-    "SessionArrays",
-    "TargetRuns",
     "build_row",
     "largest_divisor_unit",
     "row_turns",
-    "target_runs",
 ]
-
-
-class SessionArrays(Protocol):
-    """What a row needs of a session; `EncodedSession` has it."""
-
-    @property
-    def tokens(self) -> NDArray[Any]: ...  # (num_tokens,)
-
-    @property
-    def segment_lengths(self) -> NDArray[Any]: ...  # (num_segments,)
-
-    @property
-    def modes(self) -> NDArray[np.int8]: ...  # (num_segments,)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,24 +75,6 @@ class RowFormat:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TargetRuns:
-    """Where the targets of some sessions are, in tokens from the start of each session.
-
-    The first token of a session is no target, and a run or a turn without a target is not here.
-    """
-
-    session: NDArray[np.int64]  # (num_runs,)
-    begin: NDArray[np.int64]  # (num_runs,)
-    end: NDArray[np.int64]  # (num_runs,)
-    turn: NDArray[np.int64]  # (num_runs,): from 0, over all sessions
-    first_run: NDArray[np.int64]  # (num_turns,)
-
-    def sum_by_turn(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
-        """(num_runs,) -> (num_turns,)."""
-        return np.add.reduceat(values, self.first_run) if len(values) else values
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class RowTurns:
     """The turns of the sessions of a row, and the runs of target positions they have in it.
 
@@ -127,12 +93,12 @@ class RowTurns:
 
 
 def build_row(
-    sessions: Sequence[SessionArrays], spans: NDArray[np.int32], row_format: RowFormat
+    pieces: RowPieces, spans: NDArray[np.int32], row_format: RowFormat
 ) -> dict[str, NDArray[Any]]:
     """The arrays of one row.
 
-    `sessions` holds the whole session of each piece of the row, in row order (twice, if two of
-    its pieces share the row); `spans` is (num_pieces, 4), as in PieceTable. Returns
+    `spans` is (num_pieces, 4): system_stop, start, target_start and stop of each piece, as
+    `windows` describes them. Returns
 
         tokens, labels    int64 (s,)       the pad token where there is none
         loss_mask         float32 (s,)     1 where labels[i] is a target
@@ -148,64 +114,81 @@ def build_row(
         max_seqlen        int32 (1,)       positions of the longest piece
     """
     length = row_format.sequence_length
-    piece_lengths = _piece_lengths(spans, row_format.piece_multiple)
-    used = int(piece_lengths.sum())
-    assert len(sessions) == len(spans) <= row_format.max_pieces_per_row
+    columns = spans.T.astype(np.int64)
+    num_positions = _num_positions(columns)
+    piece_lengths = _round_up(num_positions, row_format.piece_multiple)
+    stops = piece_lengths.cumsum()
+    starts = stops - piece_lengths
+    used = int(stops[-1])
+    assert len(pieces.num_segments) == len(spans) <= row_format.max_pieces_per_row
     assert used <= length
-    turns = row_turns(sessions, spans, row_format)
+    turns = _row_turns(pieces, columns, starts, row_format)
     turn_num, factor = fixed_point(turns.divisor, row_format.divisor_unit)
     per_turn = turns.loss_token_num / (row_format.divisor_unit * factor)
-    loss_token_num, turn_index, turn_token_num = (
-        _spread(turns.run_begin, turns.run_length, value[turns.run_turn], length)
-        for value in (per_turn, turns.turn_in_session + 1, turns.num_targets)
-    )
-    num_positions = _num_positions(spans)
-    if used < length:
-        piece_lengths = np.append(piece_lengths, length - used)
-        num_positions = np.append(num_positions, 0)
-    stops = np.cumsum(piece_lengths)
+    counts = _run_counts(turns, length)
+    loss_token_num = _spread(per_turn.astype(np.float32)[turns.run_turn], counts)
     cu_seqlens = np.full(row_format.max_pieces_per_row + 2, length, dtype=np.int32)
     cu_seqlens[0] = 0
     cu_seqlens[1 : len(stops) + 1] = stops
-    position_ids = np.arange(length) - np.repeat(stops - piece_lengths, piece_lengths)
-    tokens, labels = _tokens_and_labels(sessions, spans, piece_lengths, row_format)
+    position_ids = np.arange(length)
+    position_ids[:used] -= starts.repeat(piece_lengths)
+    position_ids[used:] -= used
+    tokens, labels, padding_mask = _fill(pieces, num_positions, piece_lengths, row_format)
+    run_turn = turns.run_turn
     return {
         "tokens": tokens,
         "labels": labels,
         "loss_mask": (loss_token_num > 0).astype(np.float32),
         "loss_token_num": loss_token_num,
         "turn_num": np.array([turn_num], dtype=np.int64),
-        "turn_index": turn_index.astype(np.int64),
-        "turn_token_num": turn_token_num,
+        "turn_index": _spread(turns.turn_in_session[run_turn] + 1, counts),
+        "turn_token_num": _spread(turns.num_targets.astype(np.float32)[run_turn], counts),
         "position_ids": position_ids,
-        "padding_mask": position_ids >= np.repeat(num_positions, piece_lengths),
+        "padding_mask": padding_mask,
         "cu_seqlens": cu_seqlens,
-        "max_seqlen": np.array([piece_lengths.max()], dtype=np.int32),
+        "max_seqlen": np.array([max(piece_lengths.max(), length - used)], dtype=np.int32),
     }
 
 
-def row_turns(
-    sessions: Sequence[SessionArrays], spans: NDArray[np.int32], row_format: RowFormat
-) -> RowTurns:
+def row_turns(pieces: RowPieces, spans: NDArray[np.int32], row_format: RowFormat) -> RowTurns:
     """The turns of the row's sessions under the row format's loss average."""
-    system_stop, start, target_start, stop = spans.T.astype(np.int64)
-    # Targets of a piece lie in [first, stop): a token that opens a piece is predicted by nothing.
-    first = np.maximum(target_start, start + (system_stop == 0))
-    piece_lengths = _piece_lengths(spans, row_format.piece_multiple)
+    columns = spans.T.astype(np.int64)
+    piece_lengths = _round_up(_num_positions(columns), row_format.piece_multiple)
+    return _row_turns(pieces, columns, piece_lengths.cumsum() - piece_lengths, row_format)
+
+
+def _row_turns(
+    pieces: RowPieces,
+    columns: NDArray[np.int64],  # (4, num_pieces): the spans
+    piece_starts: NDArray[np.int64],  # (num_pieces,): positions in the row
+    row_format: RowFormat,
+) -> RowTurns:
+    system_stop, start, target_start, stop = columns
     runs = target_runs(
-        np.array([len(session.modes) for session in sessions]),
-        np.concatenate([session.segment_lengths for session in sessions]),
-        np.concatenate([session.modes for session in sessions]),
+        pieces.num_segments,
+        pieces.segment_lengths,
+        pieces.modes,
         session_stops=stop if row_format.sessions_end_with_piece else None,
     )
-    piece = runs.session
-    run_begin = np.maximum(runs.begin, first[piece])
-    run_length = np.maximum(np.minimum(runs.end, stop[piece]) - run_begin, 0)
-    here = np.flatnonzero(run_length)
+    piece, run_begin = runs.session, runs.begin
+    shift = piece_starts - 1
+    if columns[:3].any():
+        # Targets of a piece lie in [first, stop): its first token is predicted by nothing.
+        first = np.maximum(target_start, start + (system_stop == 0))
+        run_begin = np.maximum(run_begin, first[piece])
+        shift += system_stop - start
+    run_length = np.minimum(runs.end, stop[piece]) - run_begin
+    run_begin_in_row = run_begin + shift[piece]
+    run_turn, run_length_in_row = runs.turn, run_length
+    if len(run_length) and run_length.min() <= 0:  # some runs lie in other pieces
+        run_length = np.maximum(run_length, 0)
+        here = run_length.nonzero()[0]
+        run_turn, run_begin_in_row = run_turn[here], run_begin_in_row[here]
+        run_length_in_row = run_length[here]
 
     piece_of_turn = piece[runs.first_run]
-    turns_per_piece = np.bincount(piece_of_turn, minlength=len(spans))
-    turns_before = np.cumsum(turns_per_piece) - turns_per_piece
+    turns_per_piece = np.bincount(piece_of_turn, minlength=len(piece_starts))
+    turns_before = turns_per_piece.cumsum() - turns_per_piece
     turn_in_session = np.arange(len(piece_of_turn)) - turns_before[piece_of_turn]
     num_targets = runs.sum_by_turn(run_length)
     loss_token_num, divisor = weigh_turns(
@@ -215,105 +198,75 @@ def row_turns(
         turn_in_session=turn_in_session,
         turns_per_piece=turns_per_piece,
     )
-    shift = np.cumsum(piece_lengths) - piece_lengths + system_stop - start - 1
     return RowTurns(
         piece=piece_of_turn,
         turn_in_session=turn_in_session,
         num_targets=num_targets,
         loss_token_num=loss_token_num,
         divisor=divisor,
-        run_turn=runs.turn[here],
-        run_begin=(run_begin + shift[piece])[here],
-        run_length=run_length[here],
+        run_turn=run_turn,
+        run_begin=run_begin_in_row,
+        run_length=run_length_in_row,
     )
 
 
-def target_runs(
-    num_segments: NDArray[np.int64],  # (num_sessions,)
-    segment_lengths: NDArray[np.int32],  # of all sessions, one after the other
-    modes: NDArray[np.int8],  # the same
-    *,
-    session_stops: NDArray[np.int64] | None = None,  # (num_sessions,)
-) -> TargetRuns:
-    """The targets of any number of sessions; those from `session_stops` on are left out."""
-    targets = np.flatnonzero(is_target(modes))
-    ends = np.cumsum(segment_lengths, dtype=np.int64)
-    tokens_before = np.zeros(len(num_segments), dtype=np.int64)
-    tokens_before[1:] = ends[np.cumsum(num_segments)[:-1] - 1]
-    session = np.repeat(np.arange(len(num_segments)), num_segments)[targets]
-    end = ends[targets] - tokens_before[session]
-    begin = np.maximum(end - segment_lengths[targets], 1)
-    if session_stops is not None:
-        end = np.minimum(end, session_stops[session])
-    turn_mark = np.cumsum(begins_turn(modes))[targets]
-    kept = np.flatnonzero(begin < end)
-    session, turn_mark = session[kept], turn_mark[kept]
-    opens_turn = np.ones(len(kept), dtype=np.bool_)
-    opens_turn[1:] = (turn_mark[1:] != turn_mark[:-1]) | (session[1:] != session[:-1])
-    return TargetRuns(
-        session=session,
-        begin=begin[kept],
-        end=end[kept],
-        turn=np.cumsum(opens_turn) - 1,
-        first_run=np.flatnonzero(opens_turn),
-    )
-
-
-def _num_positions(spans: NDArray[np.int32]) -> NDArray[np.int64]:
+def _num_positions(columns: NDArray[np.int64]) -> NDArray[np.int64]:
     """Positions of each piece that have a token to predict; (num_pieces,)."""
-    return (spans[:, 0] + spans[:, 3] - spans[:, 1] - 1).astype(np.int64)
+    system_stop, start, _, stop = columns
+    return system_stop + stop - start - 1
 
 
-def _piece_lengths(spans: NDArray[np.int32], piece_multiple: int) -> NDArray[np.int64]:
-    """Positions that each piece fills, rounded up; (num_pieces,)."""
-    return -(-_num_positions(spans) // piece_multiple) * piece_multiple
+def _round_up(num_positions: NDArray[np.int64], piece_multiple: int) -> NDArray[np.int64]:
+    """Positions that each piece fills, (num_pieces,)."""
+    if piece_multiple == 1:
+        return num_positions
+    return -(-num_positions // piece_multiple) * piece_multiple
 
 
-def _spread(
-    begin: NDArray[np.int64], run_length: NDArray[np.int64], value: NDArray[Any], length: int
-) -> NDArray[np.float32]:
-    """float32 (length,): value[r] at positions begin[r] : begin[r] + run_length[r], else 0."""
-    counts = np.empty(2 * len(begin) + 1, dtype=np.int64)
-    stop = begin + run_length
-    counts[1::2] = run_length
-    counts[0:-1:2] = begin
+def _run_counts(turns: RowTurns, length: int) -> NDArray[np.int64]:
+    """Positions before the first run, in it, until the next one, ...; (2 * num_runs + 1,)."""
+    counts = np.empty(2 * len(turns.run_begin) + 1, dtype=np.int64)
+    stop = turns.run_begin + turns.run_length
+    counts[1::2] = turns.run_length
+    counts[0:-1:2] = turns.run_begin
     counts[2:-1:2] -= stop[:-1]
     counts[-1] = length - (stop[-1] if len(stop) else 0)
-    values = np.zeros(len(counts), dtype=np.float32)
+    return counts
+
+
+def _spread(value: NDArray[Any], counts: NDArray[np.int64]) -> NDArray[Any]:
+    """value[r] at the positions of run r, else 0; (counts.sum(),)."""
+    values = np.zeros(len(counts), dtype=value.dtype)
     values[1::2] = value
     return values.repeat(counts)
 
 
-def _tokens_and_labels(
-    sessions: Sequence[SessionArrays],
-    spans: NDArray[np.int32],
-    piece_lengths: NDArray[np.int64],  # (num_pieces,) or, with the padding at the end, one more
+def _fill(
+    pieces: RowPieces,
+    num_positions: NDArray[np.int64],  # (num_pieces,)
+    piece_lengths: NDArray[np.int64],  # (num_pieces,): the same, rounded up
     row_format: RowFormat,
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """tokens, labels: int64 (s,) each.
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
+    """tokens, labels, padding_mask: (s,) each.
 
-    All pieces are laid end to end, every one with the token after its last position; tokens and
-    labels are then one gather each.
+    The tokens of the pieces lie end to end. Every one but the last of its piece is shown, and
+    every one but the first is a label; row position i shows token i + (pieces before it).
     """
     length, pad = row_format.sequence_length, row_format.pad_token
-    padding = np.full(length + 1, pad, dtype=np.int64)
-    parts: list[NDArray[Any]] = []
-    pad_positions: list[int] = []
-    row_stop = 0
-    for session, (system_stop, start, _, stop), piece_length in zip(
-        sessions, spans.tolist(), piece_lengths.tolist(), strict=False
-    ):
-        if system_stop:
-            parts.append(session.tokens[:system_stop])
-        parts.append(session.tokens[start:stop])
-        row_stop += piece_length
-        missing = piece_length - (system_stop + stop - start - 1)
-        if missing:
-            parts.append(padding[:missing])
-            pad_positions.append(row_stop - missing)  # would show the piece's last token
-    parts.append(padding[: length - row_stop + 1])
-    laid_out = np.concatenate(parts, dtype=np.int64)
-    source = np.arange(length) + np.arange(len(piece_lengths)).repeat(piece_lengths)
-    tokens = laid_out[source]
-    tokens[pad_positions] = pad
-    return tokens, laid_out[1:][source]
+    number = np.arange(num_positions.sum())
+    source = number + np.arange(len(num_positions)).repeat(num_positions)
+    shown, used = pieces.tokens.take(source), len(number)
+    source += 1
+    predicted = pieces.tokens.take(source)
+    tokens, labels = np.empty(length, dtype=np.int64), np.empty(length, dtype=np.int64)
+    padding_mask = np.zeros(length, dtype=np.bool_)
+    if row_format.piece_multiple == 1:
+        tokens[:used], labels[:used] = shown, predicted
+        tokens[used:] = labels[used:] = pad
+        padding_mask[used:] = True
+        return tokens, labels, padding_mask
+    rounding = piece_lengths - num_positions
+    number += (rounding.cumsum() - rounding).repeat(num_positions)
+    tokens[:], labels[:], padding_mask[:] = pad, pad, True
+    tokens[number], labels[number], padding_mask[number] = shown, predicted, False
+    return tokens, labels, padding_mask

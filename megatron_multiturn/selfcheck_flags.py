@@ -18,7 +18,13 @@ _NEEDLESS = (
     *("record_memory_history", "exit_*", "adlr_autoresume", "inprocess_*", "*_ft_*"),
     *("fault_injector_*", "error_injection_*", "iterations_to_skip", "result_rejected_*"),
     *("check_weight_hash_*", "gpu_sniff_test_interval", "run_workload_inspector_server"),
-    *("train_samples", "rampup_batch_size", "decrease_batch_size_if_needed", "skip_train"),
+    *(
+        "train_samples",
+        "train_epochs",
+        "rampup_batch_size",
+        "decrease_batch_size_if_needed",
+        "skip_train",
+    ),
     *("lr_*", "min_lr", "override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler"),
     *("*weight_decay*", "eval_*_batch_size", "start_eval_at_iter"),
 )

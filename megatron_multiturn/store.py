@@ -1,4 +1,4 @@
-"""The disk format, and the only module that knows it: PREFIX.bin, PREFIX.idx, PREFIX.json.
+"""The disk format, known here and in `session_writer` only: PREFIX.bin, PREFIX.idx, PREFIX.json.
 
 .bin and .idx are byte for byte what Megatron's IndexedDatasetBuilder writes with modes: document =
 session, sequence = segment, mode = `modes.py`. They are written and read here without it, because
@@ -9,63 +9,45 @@ it keeps every segment as Python objects, wraps token ids that do not fit, and c
     .json  see `manifest.py`
 """
 
-import contextlib
 import os
-from array import array
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_multiturn import modes as mode_bits
-from megatron_multiturn._version import __version__
 from megatron_multiturn.encoding import EncodedSession
-from megatron_multiturn.errors import ConfigError, DatasetError
-from megatron_multiturn.index_file import read_index, smallest_token_dtype, write_index
-from megatron_multiturn.manifest import (
-    FORMAT_VERSION,
-    Counts,
-    InputFile,
-    Manifest,
-    TemplateIdentity,
-    manifest_path,
-    read_manifest,
-)
-from megatron_multiturn.vocabulary import TokenizerIdentity, tokenizer_fingerprint
+from megatron_multiturn.errors import DatasetError
+from megatron_multiturn.index_file import read_index
+from megatron_multiturn.manifest import Manifest, read_manifest
+from megatron_multiturn.object_storage import fetch_index, is_in_object_storage
+from megatron_multiturn.row_pieces import RowPieces, indices_of_runs, token_runs
+from megatron_multiturn.token_reader import FileTokens, MappedTokens, RemoteTokens, TokenReader
 
-__all__ = [
-    "Manifest",
-    "SessionStore",
-    "SessionWriter",
-    "TokenizerIdentity",
-    "output_paths",
-    "tokenizer_fingerprint",
-]
-
-
-def output_paths(prefix: str) -> tuple[str, str, str]:
-    """(.bin, .idx, .json), in the order in which they come into being."""
-    return prefix + ".bin", prefix + ".idx", manifest_path(prefix)
+__all__ = ["Manifest", "SessionStore"]
 
 
 class SessionStore:
     """A preprocessed dataset, memory-mapped. Picklable, and good after a fork."""
 
-    def __init__(self, prefix: str, manifest: Manifest, *, mmap: bool) -> None:
+    def __init__(self, prefix: str, local_prefix: str, manifest: Manifest, *, mmap: bool) -> None:
         self._prefix = prefix
+        self._local_prefix = local_prefix
         self._mmap = mmap
         self.manifest = manifest
         self._read_index()
 
     @classmethod
-    def open(cls, prefix: str, *, mmap: bool = True) -> Self:
+    def open(cls, prefix: str, *, mmap: bool = True, index_cache: str | None = None) -> Self:
         """Raises DatasetError unless the manifest is there and fits the two other files.
 
         mmap: map the tokens into memory; else each session is read from the file.
+        index_cache: for a prefix in object storage (s3:// or msc://), the folder that its index
+        is copied to; its tokens are read through Megatron's reader, which cannot check the .bin
+        before it reads.
         """
+        if is_in_object_storage(prefix):
+            local_prefix = fetch_index(prefix, index_cache)
+            return cls(prefix, local_prefix, read_manifest(local_prefix), mmap=False)
         manifest = read_manifest(prefix)
         for path, num_bytes in (
             (prefix + ".bin", manifest.bin_bytes),
@@ -83,11 +65,16 @@ class SessionStore:
                     f"{path}: {found:,} bytes, but the manifest says {num_bytes:,}: the file is "
                     "cut off or of another run; copy it again or preprocess again"
                 )
-        return cls(prefix, manifest, mmap=mmap)
+        return cls(prefix, prefix, manifest, mmap=mmap)
 
     @property
     def prefix(self) -> str:
         return self._prefix
+
+    @property
+    def local_prefix(self) -> str:
+        """Where the index lies on this node: `prefix`, unless that is in object storage."""
+        return self._local_prefix
 
     @property
     def num_sessions(self) -> int:
@@ -117,24 +104,47 @@ class SessionStore:
         segments = slice(
             int(self._index.first_segments[index]), int(self._index.first_segments[index + 1])
         )
-        lengths = self._index.segment_lengths[segments]
-        start = int(self._index.byte_offsets[segments.start]) // self._index.token_dtype.itemsize
+        lengths = np.array(self._index.segment_lengths[segments])
+        first_token = self._first_tokens(np.array([segments.start]))
         return EncodedSession(
-            tokens=self._read_tokens(start, int(lengths.sum())).astype(np.int32),
-            segment_lengths=np.array(lengths),
+            tokens=self._tokens.read(first_token, np.array([lengths.sum()])).astype(np.int32),
+            segment_lengths=lengths,
             modes=np.array(self._index.modes[segments]),
             location=f"{self._prefix}[{index}]",
         )
 
-    def __getstate__(self) -> tuple[str, Manifest, bool]:
-        return self._prefix, self.manifest, self._mmap
+    def read_pieces(
+        self, sessions: NDArray[np.integer[Any]], spans: NDArray[np.int32]
+    ) -> RowPieces:
+        """The pieces of a row.
 
-    def __setstate__(self, state: tuple[str, Manifest, bool]) -> None:
-        self._prefix, self.manifest, self._mmap = state
+        sessions: (num_pieces,), numbered from 0 and not checked; spans: (num_pieces, 4).
+        """
+        first_segments = self._index.first_segments[sessions]
+        num_segments = self._index.first_segments[sessions + 1] - first_segments
+        segments = indices_of_runs(first_segments, num_segments)
+        return RowPieces(
+            tokens=self._tokens.read(*token_runs(self._first_tokens(first_segments), spans)),
+            num_segments=num_segments,
+            segment_lengths=self._index.segment_lengths[segments],
+            modes=self._index.modes[segments],
+        )
+
+    def _first_tokens(self, segments: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where some segments begin in the .bin, in tokens; (len(segments),)."""
+        offsets = self._index.byte_offsets[segments]
+        first_tokens: NDArray[np.int64] = offsets // self._index.token_dtype.itemsize
+        return first_tokens
+
+    def __getstate__(self) -> tuple[str, str, Manifest, bool]:
+        return self._prefix, self._local_prefix, self.manifest, self._mmap
+
+    def __setstate__(self, state: tuple[str, str, Manifest, bool]) -> None:
+        self._prefix, self._local_prefix, self.manifest, self._mmap = state
         self._read_index()
 
     def _read_index(self) -> None:
-        index = read_index(self._prefix + ".idx")
+        index = read_index(self._local_prefix + ".idx")
         counts = self.manifest.counts
         found = (len(index.first_segments) - 1, len(index.modes))
         if found != (counts.sessions, counts.segments):
@@ -143,194 +153,11 @@ class SessionStore:
                 f"manifest says {counts.sessions:,} and {counts.segments:,}; preprocess again"
             )
         self._index = index
-        self._tokens: NDArray[Any] | None = None
-        if self._mmap:
-            self._tokens = np.memmap(self._prefix + ".bin", dtype=index.token_dtype, mode="r")
-
-    def _read_tokens(self, start: int, count: int) -> NDArray[Any]:
-        if self._tokens is not None:
-            return np.asarray(self._tokens[start : start + count])
-        offset = start * self._index.token_dtype.itemsize
-        return np.fromfile(self._prefix + ".bin", self._index.token_dtype, count, offset=offset)
-
-
-class SessionWriter:
-    """Writes a dataset; it appears when the `with` block ends well, and not otherwise.
-
-        with SessionWriter(prefix, tokenizer=identity, template=template) as writer:
-            writer.add(encoded_session)
-
-    The three files lie under temporary names until then. A process killed in between leaves
-    those behind, never a manifest.
-    """
-
-    def __init__(
-        self,
-        prefix: str,
-        *,
-        tokenizer: TokenizerIdentity,
-        template: TemplateIdentity,
-        turn_weights: Sequence[float] = (1.0,),
-    ) -> None:
-        if not 1 <= len(turn_weights) <= mode_bits.MAX_TURN_WEIGHTS:
-            raise ConfigError(
-                f"{len(turn_weights)} turn weights; a dataset has 1 to {mode_bits.MAX_TURN_WEIGHTS}"
-            )
-        self._prefix = prefix
-        self._tokenizer = tokenizer
-        self._template = template
-        self._turn_weights = tuple(float(weight) for weight in turn_weights)
-        self._dtype = smallest_token_dtype(tokenizer.vocab_size)
-        self._temporary = [f"{path}.{os.getpid()}.tmp" for path in output_paths(prefix)]
-        self._lengths = array("i")
-        self._modes = array("b")
-        self._first_segments = array("q", [0])
-        self._num_tokens = 0
-        self._num_target_tokens = 0
-        self._num_turns = 0
-        self._rejected: dict[str, int] = {}
-        self._inputs: tuple[InputFile, ...] = ()
-
-    def __enter__(self) -> Self:
-        try:
-            Path(self._prefix).parent.mkdir(parents=True, exist_ok=True)
-            self._bin: BinaryIO = open(self._temporary[0], "wb", buffering=1 << 20)
-        except OSError as error:
-            raise DatasetError(
-                f"{self._temporary[0]}: cannot be written ({error.strerror}); choose another "
-                "--output-prefix"
-            ) from None
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        try:
-            if kind is None:
-                self._commit()
-        finally:
-            self._bin.close()
-            for path in self._temporary:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(path)
-
-    def add(self, session: EncodedSession) -> None:
-        """Append a session; DatasetError if it is malformed or has an id beyond the vocabulary."""
-        tokens = session.tokens
-        where = session.location or f"session {len(self._first_segments) - 1}"
-        self._check(session, where)
-        self._bin.write(tokens.astype(self._dtype).tobytes())
-        self._lengths.frombytes(session.segment_lengths.astype(np.int32).tobytes())
-        self._modes.frombytes(session.modes.astype(np.int8).tobytes())
-        self._first_segments.append(len(self._lengths))
-        num_turns, num_target_tokens = count_targets(session)
-        self._num_turns += num_turns
-        self._num_target_tokens += num_target_tokens
-        self._num_tokens += len(tokens)
-
-    def describe(self, *, rejected: Mapping[str, int], inputs: Sequence[InputFile]) -> None:
-        """What the manifest shall say about where the sessions came from."""
-        self._rejected = dict(sorted(rejected.items()))
-        self._inputs = tuple(inputs)
-
-    @property
-    def counts(self) -> Counts:
-        """What has been added so far."""
-        return Counts(
-            sessions=len(self._first_segments) - 1,
-            segments=len(self._lengths),
-            turns=self._num_turns,
-            tokens=self._num_tokens,
-            target_tokens=self._num_target_tokens,
-            rejected=self._rejected,
-        )
-
-    def _check(self, session: EncodedSession, where: str) -> None:
-        tokens, lengths, modes = session.tokens, session.segment_lengths, session.modes
-        if not len(tokens) or len(lengths) != len(modes) or lengths.min() < 1:
-            raise DatasetError(f"{where}: a session needs tokens, and every segment at least one")
-        if int(lengths.sum()) != len(tokens):
-            raise DatasetError(
-                f"{where}: the segments have {int(lengths.sum())} tokens, the session has "
-                f"{len(tokens)}"
-            )
-        lowest, highest = int(tokens.min()), int(tokens.max())
-        vocab_size = self._tokenizer.vocab_size
-        if lowest < 0 or highest >= vocab_size:
-            raise DatasetError(
-                f"{where}: token id {lowest if lowest < 0 else highest} is not in the vocabulary "
-                f"of {vocab_size:,} tokens; the tokenizer's files do not fit together"
-            )
-        weights = (modes[mode_bits.is_target(modes)] >> mode_bits.WEIGHT_SHIFT).max(initial=0)
-        if weights >= len(self._turn_weights):
-            raise DatasetError(
-                f"{where}: turn weight number {weights} of {len(self._turn_weights)} weights"
-            )
-
-    def _commit(self) -> None:
-        """Make the dataset appear: .bin, .idx, then the manifest."""
-        if len(self._first_segments) == 1:
-            raise DatasetError(f"{self._prefix}: there is no session to write")
-        self._bin.flush()
-        os.fsync(self._bin.fileno())
-        with open(self._temporary[1], "wb") as stream:
-            write_index(
-                stream,
-                token_dtype=self._dtype,
-                segment_lengths=np.frombuffer(self._lengths, dtype=np.int32),
-                first_segments=np.frombuffer(self._first_segments, dtype=np.int64),
-                modes=np.frombuffer(self._modes, dtype=np.int8),
-            )
-            _sync(stream)
-        manifest = Manifest(
-            format_version=FORMAT_VERSION,
-            tool_version=__version__,
-            tokenizer=self._tokenizer,
-            template=self._template,
-            turn_weights=self._turn_weights,
-            counts=self.counts,
-            inputs=self._inputs,
-            bin_bytes=os.stat(self._temporary[0]).st_size,
-            idx_bytes=os.stat(self._temporary[1]).st_size,
-        )
-        with open(self._temporary[2], "wb") as stream:
-            stream.write(manifest.to_json().encode("utf-8"))
-            _sync(stream)
-        # A manifest of before must not vouch for new data while the files change places.
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(manifest_path(self._prefix))
-        for temporary, path in zip(self._temporary, output_paths(self._prefix), strict=True):
-            os.replace(temporary, path)
-        _sync_folder(Path(self._prefix).parent)
-
-
-def count_targets(session: EncodedSession) -> tuple[int, int]:
-    """(turns, target tokens) of a session.
-
-    Its first token is predicted by nothing, so it is no target, and a turn of that token alone is
-    none: tokens [a b], one target segment, has 1 turn and 1 target token.
-    """
-    targets = mode_bits.is_target(session.modes)
-    target_lengths = session.segment_lengths[targets]
-    turn_ids = np.cumsum(mode_bits.begins_turn(session.modes[targets]))
-    if targets[0]:
-        target_lengths = target_lengths.copy()
-        target_lengths[0] -= 1
-    return len(np.unique(turn_ids[target_lengths > 0])), int(target_lengths.sum())
-
-
-def _sync(stream: BinaryIO) -> None:
-    stream.flush()
-    os.fsync(stream.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the new names last; a file's own fsync does not."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        path = self._prefix + ".bin"
+        self._tokens: TokenReader
+        if self._local_prefix != self._prefix:
+            self._tokens = RemoteTokens(path, index.token_dtype)
+        elif self._mmap:
+            self._tokens = MappedTokens(path, index.token_dtype)
+        else:
+            self._tokens = FileTokens(path, index.token_dtype)

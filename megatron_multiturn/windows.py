@@ -10,6 +10,7 @@ position i predicts token i + 1 and the last token is only ever a label.
 """
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,11 +18,10 @@ from numpy.typing import NDArray
 from megatron_multiturn.cutting import (
     CutTally,
     SegmentIndex,
-    Span,
     Window,
+    batches_of_sessions,
     cut_windows,
     drop,
-    read_long_session,
     truncate,
 )
 from megatron_multiturn.errors import ConfigError, DatasetError
@@ -31,19 +31,31 @@ LONG_SESSION_POLICIES = ("window", "truncate", "drop", "error")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PieceTable:
-    """The pieces of a dataset, in the order of their sessions."""
+    """The pieces of a dataset: whole sessions, then the pieces of cut ones.
 
-    session: NDArray[np.int64]  # (num_pieces,)
-    spans: NDArray[np.int32]  # (num_pieces, 4): system_stop, start, target_start, stop
+    Both are in the order of their sessions. Only pieces of cut sessions need a span each.
+    """
+
+    session: NDArray[np.int32]  # (num_pieces,); Megatron too numbers sessions in 32 bits
+    num_tokens: NDArray[np.int32]  # (num_pieces,)
+    cut_spans: NDArray[np.int32]  # (num_cut_pieces, 4): system_stop, start, target_start, stop
 
     def __len__(self) -> int:
         return len(self.session)
 
     def num_positions(self) -> NDArray[np.int32]:
         """Positions of a row that each piece fills: one fewer than its tokens; (num_pieces,)."""
-        system_stop, start, _, stop = self.spans.T
-        positions: NDArray[np.int32] = system_stop + stop - start - 1
-        return positions
+        return self.num_tokens - np.int32(1)
+
+    def spans_of(self, pieces: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
+        """system_stop, start, target_start, stop of some pieces; (len(pieces), 4)."""
+        spans = np.zeros((len(pieces), 4), dtype=np.int32)
+        spans[:, 3] = self.num_tokens[pieces]
+        num_whole = len(self.session) - len(self.cut_spans)
+        if len(pieces) and pieces.max() >= num_whole:
+            cut = pieces >= num_whole
+            spans[cut] = self.cut_spans[pieces[cut] - num_whole]
+        return spans
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +69,7 @@ class CutReport:
     num_sessions_cut: int = 0  # long, and at least one piece came of them
     num_pieces_made: int = 0  # pieces of the cut sessions
     num_turns_cut: int = 0  # turns cut inside, because they alone do not fit the window
+    num_turns_lost: int = 0  # turns of long sessions of which no piece trains a target
     num_targets_lost: int = 0  # target tokens of long sessions that no piece trains
     num_tokens_replayed: int = 0  # tokens that pieces repeat as context
     num_context_tokens_lost: int = 0  # context of cut sessions that no piece shows
@@ -74,6 +87,7 @@ class CutReport:
             )
         rest = {
             "turns cut inside": self.num_turns_cut,
+            "turns lost": self.num_turns_lost,
             "target tokens lost": self.num_targets_lost,
             "tokens replayed as context": self.num_tokens_replayed,
             "context tokens lost": self.num_context_tokens_lost,
@@ -86,7 +100,7 @@ class CutReport:
 
 
 def cut_sessions(
-    session_lengths: NDArray[np.int64],  # (num_sessions,)
+    session_lengths: NDArray[np.integer[Any]],  # (num_sessions,)
     *,
     sequence_length: int,
     long_session: str,
@@ -104,8 +118,7 @@ def cut_sessions(
       drop      leave the session out
       error     raise DatasetError at the first one
 
-    A turn is cut inside only if it alone does not fit. The work is vectorised over sessions
-    that fit; only long ones are looked at one by one.
+    A turn is cut inside only if it alone does not fit. The work is vectorised over sessions.
     """
     window = _window(sequence_length, session_window, window_context)
     if long_session not in LONG_SESSION_POLICIES:
@@ -113,7 +126,7 @@ def cut_sessions(
             f"--long-session is {long_session!r}; it must be one of "
             f"{', '.join(LONG_SESSION_POLICIES)}"
         )
-    lengths = np.asarray(session_lengths, dtype=np.int64)
+    lengths = np.asarray(session_lengths)
     long_ids = np.flatnonzero(lengths > window.capacity)
     if long_session == "error" and len(long_ids):
         first = int(long_ids[0])
@@ -123,27 +136,51 @@ def cut_sessions(
             "long); raise --seq-length or --session-window, or pass --long-session window, "
             "truncate or drop"
         )
-    cutter = {"window": cut_windows, "truncate": truncate}.get(long_session, drop)
-    tally = CutTally()
-    long_spans = [
-        cutter(read_long_session(segment_index, int(session)), window, tally)
-        for session in long_ids
-    ]
-    pieces_per_long = np.array([len(spans) for spans in long_spans], dtype=np.int64)
+    cut, cut_spans, tally = _cut_long(long_session, segment_index, long_ids, window)
     too_short = lengths < 2
+    num_cut = int(np.count_nonzero(np.diff(cut, prepend=-1)))
     report = CutReport(
         num_sessions=len(lengths),
         num_sessions_too_short=int(too_short.sum()),
         num_long_sessions=len(long_ids),
-        num_sessions_dropped=int((pieces_per_long == 0).sum()),
-        num_sessions_cut=int((pieces_per_long > 0).sum()),
-        num_pieces_made=int(pieces_per_long.sum()),
+        num_sessions_dropped=len(long_ids) - num_cut,
+        num_sessions_cut=num_cut,
+        num_pieces_made=len(cut),
         **{field.name: getattr(tally, field.name) for field in fields(tally)},
     )
-    pieces_per_session = np.where(too_short, 0, 1)
-    pieces_per_session[long_ids] = pieces_per_long
-    flat_spans = [span for spans in long_spans for span in spans]
-    return _piece_table(lengths, pieces_per_session, long_ids, flat_spans), report
+    is_whole = ~(too_short | (lengths > window.capacity))
+    system_stop, start, _, stop = cut_spans.T
+    all_whole = bool(is_whole.all())  # most of a big corpus is; then nothing is copied twice
+    whole = np.arange(len(lengths), dtype=np.int32) if all_whole else np.flatnonzero(is_whole)
+    whole_lengths = lengths if all_whole else lengths[is_whole]
+    pieces = PieceTable(
+        session=_concatenate(whole, cut),
+        num_tokens=_concatenate(whole_lengths, system_stop + stop - start),
+        cut_spans=cut_spans,
+    )
+    return pieces, report
+
+
+def _concatenate(*parts: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
+    return np.concatenate(parts, dtype=np.int32, casting="same_kind")
+
+
+def _cut_long(
+    long_session: str,
+    segment_index: SegmentIndex,
+    long_ids: NDArray[np.int64],
+    window: Window,
+) -> tuple[NDArray[np.int64], NDArray[np.int32], CutTally]:
+    """(session of each piece, (num_pieces,); spans, (num_pieces, 4); what happened)."""
+    cutter = {"window": cut_windows, "truncate": truncate}.get(long_session, drop)
+    tally = CutTally()
+    sessions, spans = [np.zeros(0, dtype=np.int64)], [np.zeros((0, 4), dtype=np.int32)]
+    for first, batch in batches_of_sessions(segment_index, long_ids):
+        pieces, counts = cutter(batch, window)
+        tally.add(counts)
+        sessions.append(long_ids[first + pieces.session])
+        spans.append(pieces.spans)
+    return np.concatenate(sessions), np.concatenate(spans), tally
 
 
 def _window(sequence_length: int, session_window: int | None, window_context: int | None) -> Window:
@@ -160,19 +197,3 @@ def _window(sequence_length: int, session_window: int | None, window_context: in
             f"the window ({window}), or no room is left for new turns"
         )
     return Window(capacity=window + 1, context=context)
-
-
-def _piece_table(
-    lengths: NDArray[np.int64],
-    pieces_per_session: NDArray[np.int64],
-    long_ids: NDArray[np.int64],
-    long_spans: list[Span],
-) -> PieceTable:
-    session = np.repeat(np.arange(len(lengths)), pieces_per_session)
-    spans = np.zeros((len(session), 4), dtype=np.int32)
-    spans[:, 3] = lengths[session]
-    if long_spans:
-        is_long = np.zeros(len(lengths), dtype=np.bool_)
-        is_long[long_ids] = True
-        spans[is_long[session]] = long_spans
-    return PieceTable(session=session, spans=spans)

@@ -21,6 +21,7 @@ from megatron_multiturn.modes import (
     TARGET_CONTINUE,
 )
 from megatron_multiturn.packing import PackPlan, pack
+from megatron_multiturn.row_pieces import join_sessions
 from megatron_multiturn.samples import RowFormat, build_row
 from megatron_multiturn.windows import cut_sessions
 
@@ -116,11 +117,14 @@ def plan_of(corpus: list[DrawnSession], length: int, multiple: int) -> PackPlan:
 
 
 def build_rows(corpus: list[DrawnSession], plan: PackPlan, row_format: RowFormat) -> list[Row]:
-    return [
-        build_row(
-            [corpus[session] for session in plan.pieces.session[pieces]],
-            plan.pieces.spans[pieces],
-            row_format,
-        )
-        for pieces in map(plan.pieces_of_row, range(plan.num_rows))
-    ]
+    rows = []
+    for pieces in map(plan.pieces_of_row, range(plan.num_rows)):
+        sessions = [corpus[session] for session in plan.pieces.session[pieces]]
+        rows.append(row_of_sessions(sessions, plan.pieces.spans_of(pieces), row_format))
+    return rows
+
+
+def row_of_sessions(
+    sessions: list[DrawnSession], spans: NDArray[np.int32], row_format: RowFormat
+) -> Row:
+    return build_row(join_sessions(sessions, spans), spans, row_format)

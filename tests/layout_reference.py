@@ -74,18 +74,21 @@ def run_layout(
     flags: Sequence[str] = (),
     batch_flags: Sequence[str] = ("--global-batch-size", str(NUM_ROWS)),
     num_rows: int | None = None,
+    balance: bool = False,
     script: Path = SCRIPT,
     env: Mapping[str, str] | None = None,
 ) -> JobResult:
     """A job of `STEPS` steps, or until `num_rows` are trained, that records into `folder`.
 
+    balance: put the rows in balanced order, not in the one that test_layout_sessions.py knows.
     Its ranks must end with the same parameters and gradients, where they hold the same.
     """
     if 0 < torch.cuda.device_count() < layout.num_ranks:
         pytest.skip(f"needs {layout.num_ranks} GPUs")
+    order = [] if balance else ["--no-balance-data-parallel"]
     result = train_and_record(
         folder,
-        [*layout.flags, *batch_flags, *data_flags(), *flags],
+        [*layout.flags, *batch_flags, *data_flags(), *order, *flags],
         train_iters=STEPS,
         train_samples=num_rows,
         num_ranks=layout.num_ranks,

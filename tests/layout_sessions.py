@@ -16,7 +16,8 @@ from session_fixtures import megatron_tokenizer
 from megatron_multiturn.dataset import MultiTurnDataset, MultiTurnDatasetConfig
 from megatron_multiturn.encoding import EncodedSession
 from megatron_multiturn.manifest import TemplateIdentity
-from megatron_multiturn.store import SessionWriter, tokenizer_fingerprint
+from megatron_multiturn.session_writer import SessionWriter
+from megatron_multiturn.vocabulary import tokenizer_fingerprint
 
 SEQUENCE_LENGTH = 256
 NUM_ROWS = 16

@@ -9,13 +9,21 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from drawn_sessions import DrawnSession, Row, build_rows, draw, draw_random, plan_of
+from drawn_sessions import (
+    DrawnSession,
+    Row,
+    build_rows,
+    draw,
+    draw_random,
+    plan_of,
+    row_of_sessions,
+)
 from numpy.typing import NDArray
 
 from megatron_multiturn.averages import fixed_point
 from megatron_multiturn.errors import ConfigError
 from megatron_multiturn.packing import PackPlan
-from megatron_multiturn.samples import LOSS_AVERAGES, RowFormat, build_row, largest_divisor_unit
+from megatron_multiturn.samples import LOSS_AVERAGES, RowFormat, largest_divisor_unit
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +54,9 @@ def test_the_check_values(average: str, expected: list[float]) -> None:
     row_format = RowFormat(
         sequence_length=8, max_pieces_per_row=2, pad_token=0, loss_average=average
     )
-    row = build_row(sessions, np.array([[0, 0, 0, 2], [0, 0, 0, 6]], dtype=np.int32), row_format)
+    row = row_of_sessions(
+        sessions, np.array([[0, 0, 0, 2], [0, 0, 0, 6]], dtype=np.int32), row_format
+    )
     w = weights(row) / row["turn_num"][0]
     a_alone, a, b, c = w[np.flatnonzero(w)]
     assert [a_alone + a, b, c] == pytest.approx(expected, rel=1e-6)
@@ -101,7 +111,10 @@ def oracle(corpus: list[DrawnSession], plan: PackPlan, average: str) -> tuple[We
         parts = [turns_in(session, whole)]
         if average in ("turn", "sqrt"):  # every part of a turn that was cut is a turn of its own
             pieces = np.flatnonzero(plan.pieces.session == number)
-            parts = [turns_in(session, plan.pieces.spans[piece].tolist()) for piece in pieces]
+            parts = [
+                turns_in(session, plan.pieces.spans_of(np.array([piece]))[0].tolist())
+                for piece in pieces
+            ]
         for turns in parts:
             of_offset, count = ORACLES[average](turns)
             weights |= {(number, offset): weight for offset, weight in of_offset.items()}
@@ -184,7 +197,7 @@ def test_each_average_is_what_it_equals(
         row_weights = weights(row) / unit
         for piece, row_begin in zip(pieces.tolist(), row["cu_seqlens"].tolist(), strict=False):
             session = int(plan.pieces.session[piece])
-            system_stop, start, *_ = span = plan.pieces.spans[piece].tolist()
+            system_stop, start, *_ = span = plan.pieces.spans_of(np.array([piece]))[0].tolist()
             for offset in trained_offsets(corpus[session], span):
                 position = row_begin + system_stop + offset - start - 1
                 assert (session, offset) not in got

@@ -1,12 +1,15 @@
 """MultiTurnDataset: splits, epochs, blends, the cached plan, and what it refuses."""
 
 import json
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from megatron.core.datasets.utils import Split
 from session_fixtures import make_record, megatron_tokenizer, tiny_sentencepiece, write_jsonl
 
@@ -153,6 +156,56 @@ def test_the_plan_is_built_once(
     for changed in ({"random_seed": 6}, {"sequence_length": 256}, {"window_context": 0.5}):
         with pytest.raises(AssertionError, match="built again"):
             make_dataset(replace(config, **changed), prefix)
+
+
+def test_what_became_of_the_sessions_is_said_at_every_start(
+    tmp_path: Path, prefix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config(tmp_path, prefix, sequence_length=48, long_session="truncate")
+    logs = []
+    for _ in range(2):
+        make_dataset(config, prefix)
+        logs.append(capsys.readouterr().out)
+    assert "> Plan the train split of" in logs[0]
+    assert "all ranks of this node wait for it" in logs[0]
+    said = [log.splitlines()[-1].rpartition("; ") for log in logs]
+    assert said[0][0] == said[1][0]
+    assert said[0][2].startswith("planned in ")
+    assert said[1][2].startswith("plan read in ")
+    counts = r"40 sessions, \d+ longer .*turns lost; \d+ target tokens lost; .*pieces in \d+ rows"
+    assert re.search(counts, said[0][0])
+
+
+def test_a_rank_keeps_nothing_of_the_size_of_the_corpus(tmp_path: Path, prefix: str) -> None:
+    rows = make_dataset(make_config(tmp_path, prefix), prefix, num_samples=500)
+    assert len(rows.indices) == 0
+    pieces = rows.plan.pieces
+    for array in (rows.plan.row_offsets, rows.plan.row_pieces, pieces.session, pieces.num_tokens):
+        assert isinstance(array.base, np.memmap)
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_loader_workers_read_the_same_rows(tmp_path: Path, prefix: str, context: str) -> None:
+    rows = make_dataset(make_config(tmp_path, prefix), prefix)
+    loader: torch.utils.data.DataLoader[Any] = torch.utils.data.DataLoader(
+        rows, batch_size=None, num_workers=2, multiprocessing_context=context
+    )
+    loaded = list(loader)
+    assert len(loaded) == len(rows)
+    for row, expected in zip(loaded, (rows[i] for i in range(len(rows))), strict=True):
+        for name, array in expected.items():
+            np.testing.assert_array_equal(row[name], array)
+
+
+def test_the_plan_is_of_the_index_wherever_it_lies(tmp_path: Path, prefix: str) -> None:
+    """A copy of a dataset, on another node or of another day, has the same plan."""
+    for suffix in (".bin", ".idx", ".json"):
+        shutil.copy(f"{prefix}{suffix}", tmp_path / f"copy{suffix}")
+    first = make_dataset(make_config(tmp_path / "cache", prefix), prefix)
+    copy = str(tmp_path / "copy")
+    second = make_dataset(make_config(tmp_path / "cache", copy), copy)
+    assert len(list((tmp_path / "cache").glob("plan-*.json"))) == 1
+    np.testing.assert_array_equal(first.plan.row_pieces, second.plan.row_pieces)
 
 
 def test_a_plan_without_its_description_does_not_count(tmp_path: Path, prefix: str) -> None:

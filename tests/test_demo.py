@@ -153,7 +153,7 @@ def test_summary(dataset: str, tmp_path: Path, window: int | None) -> None:
         session_window=window,
         window_context=0.25,
     )
-    pieces, _ = cut_sessions(
+    pieces, report = cut_sessions(
         store.session_lengths(),
         sequence_length=256,
         long_session="window",
@@ -161,7 +161,8 @@ def test_summary(dataset: str, tmp_path: Path, window: int | None) -> None:
         session_window=window,
         window_context=10,
     )
-    plan = cached_plan(tmp_path / "plans", key, lambda: pack(pieces, sequence_length=256, seed=1))
+    plan = pack(pieces, sequence_length=256, seed=1)
+    cached_plan(tmp_path / "plans", key, lambda: (plan, report))
     log = tmp_path / "train.log"
     log.write_text(
         "noise\n"

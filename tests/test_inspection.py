@@ -21,8 +21,9 @@ from megatron_multiturn.inspection import main, use_color
 from megatron_multiturn.manifest import TemplateIdentity
 from megatron_multiturn.modes import CONTEXT, LEADING_SYSTEM, MESSAGE_START, TARGET_BEGIN
 from megatron_multiturn.row_view import ShownPiece, Style, format_pieces
-from megatron_multiturn.samples import RowFormat, target_runs
-from megatron_multiturn.store import SessionWriter
+from megatron_multiturn.samples import RowFormat
+from megatron_multiturn.session_writer import SessionWriter
+from megatron_multiturn.targets import target_runs
 from megatron_multiturn.vocabulary import TokenizerIdentity, tokenizer_fingerprint
 
 END = 256

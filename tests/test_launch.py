@@ -91,6 +91,13 @@ def test_torchrun_on_one_node(repository: Path) -> None:
     assert values_of(words, "--lr") == ["1e-5"], "flags behind the script win"
 
 
+def test_torchrun_trains_for_iterations_or_epochs(repository: Path) -> None:
+    assert values_of(dry_run(repository, TRAIN_ITERS="50"), "--train-iters") == ["50"]
+    words = dry_run(repository, TRAIN_EPOCHS="1.5")
+    assert values_of(words, "--train-epochs") == ["1.5"]
+    assert "--train-iters" not in words
+
+
 def test_torchrun_on_many_nodes(repository: Path) -> None:
     words = dry_run(repository, NNODES="4", NODE_RANK="3", MASTER_ADDR="n1", MASTER_PORT="2345")
     for flag, value in (
@@ -156,9 +163,9 @@ SRUN = 'echo "${REACHED:-70}" > "$SAVE_DIR/latest_checkpointed_iteration.txt"'
 
 
 def run_slurm(
-    repository: Path, tmp_path: Path, *, ends: str = "N/A", **variables: str
+    repository: Path, tmp_path: Path, *, ends: str = "N/A", srun: str = SRUN, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    path = add_commands(tmp_path / "bin", scontrol=SCONTROL, srun=SRUN, squeue=f"echo '{ends}'")
+    path = add_commands(tmp_path / "bin", scontrol=SCONTROL, srun=srun, squeue=f"echo '{ends}'")
     save = tmp_path / "saved"
     save.mkdir(exist_ok=True)
     settings = {**SETTINGS, **SLURM_JOB, "SLURM_SUBMIT_DIR": str(repository), "PATH": path}
@@ -206,6 +213,19 @@ def test_slurm_queues_an_unfinished_job_again(repository: Path, tmp_path: Path) 
     assert not mark.exists(), "it got no further: queueing it again would never end"
     run_slurm(repository, tmp_path, TRAIN_ITERS="100", REACHED="100")
     assert not mark.exists(), "it is finished"
+
+
+def test_slurm_reads_how_many_iterations_the_epochs_are(repository: Path, tmp_path: Path) -> None:
+    says = "megatron_multiturn: --train-epochs 2: 30 rows an epoch, so --train-iters"
+    mark = tmp_path / "saved/requeued"
+    for iterations, is_queued in ((100, True), (70, False)):
+        srun = f"echo begins; echo '{says} {iterations}'; {SRUN}; echo ends"
+        done = run_slurm(repository, tmp_path, srun=srun, TRAIN_EPOCHS="2")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith(f"begins\n{says} {iterations}\nends\n")
+        assert mark.exists() == is_queued
+        for left in (mark, tmp_path / "saved/latest_checkpointed_iteration.txt"):
+            left.unlink(missing_ok=True)
 
 
 def test_slurm_asks_for_a_job(repository: Path) -> None:
@@ -262,7 +282,7 @@ def test_readme_names_every_flag_of_ours(repository: Path) -> None:
     flags = {action.option_strings[0]: action.default for action in parser._actions}
     assert described - {"--loss-average"} == set(flags) - {"--loss-average"}
     for flag, default in flags.items():
-        if default is not None:
+        if default is not None and not isinstance(default, bool):
             assert f"| `{flag}` | `{default}` |" in readme
     for average in LOSS_AVERAGES:
         assert re.search(rf"^\| `{average}`.* \|$", readme, re.MULTILINE)

@@ -16,20 +16,13 @@ LEAVES = ("_version", "errors", "modes", "megatron_compat", "megatron_hooks")
 ORDER = (
     # raw sessions -> dataset on disk
     *("records", "messages", "sessions", "templates", "vocabulary", "encoding"),
-    *("index_file", "manifest", "store"),
+    *("index_file", "manifest", "session_writer"),
     # dataset -> rows -> training
-    *("cutting", "windows", "packing", "averages", "samples", "plan_cache", "dataset"),
-    *(
-        "batch",
-        "saved_output",
-        "attention",
-        "layer_spec",
-        "loss",
-        "moe",
-        "mtp",
-        "provider",
-        "forward",
-    ),
+    *("shared_files", "object_storage", "row_pieces", "token_reader", "store"),
+    *("targets", "cutting", "windows", "packing", "averages", "samples", "plan_cache", "dataset"),
+    *("batches", "balance", "blends", "row_order", "epochs", "resume"),
+    *("batch", "saved_output", "attention", "layer_spec", "loss", "moe", "mtp"),
+    *("provider", "forward"),
     *("refusal", "attention_refusals", "refusals", "arguments"),
     *("cpu", "recording", "__main__"),
     # commands
@@ -42,7 +35,8 @@ ORDER = (
 
 PURE = (
     *("errors", "modes", "records", "messages", "sessions", "templates"),
-    *("cutting", "windows", "packing", "averages", "samples"),
+    *("row_pieces", "targets", "cutting", "windows", "packing", "averages", "samples"),
+    *("batches", "balance", "blends"),
 )
 HEAVY = ("megatron", "sentencepiece", "torch", "transformers")
 

@@ -20,8 +20,11 @@ from layout_reference import (
     reference,
     run_layout,
 )
-from layout_sessions import NUM_ROWS, SEQUENCE_LENGTH, build_layout_dataset
+from layout_sessions import NUM_ROWS, SEED, SEQUENCE_LENGTH, build_layout_dataset
 from layouts import ADAM, QUICK_LAYOUTS, SLOW_LAYOUTS, STEPS, Layout
+
+from megatron_multiturn.batches import BatchSchedule
+from megatron_multiturn.row_order import balance_rows
 
 pytestmark = pytest.mark.distributed
 
@@ -73,9 +76,20 @@ def test_batch_size_ramp_up(words: str, tmp_path: Path) -> None:
         layout,
         batch_flags=["--step-batch-size-schedule", schedule],
         num_rows=2 * NUM_ROWS,
+        balance=True,
     )
-    plan = build_layout_dataset(data_flags()[-1], 2 * NUM_ROWS).plan
-    rows = [range(half), range(half, NUM_ROWS), range(NUM_ROWS, 2 * NUM_ROWS)]
+    dataset = build_layout_dataset(data_flags()[-1], 2 * NUM_ROWS)
+    plan = dataset.plan
+    ordered = balance_rows(
+        dataset,
+        BatchSchedule(((0, half), (NUM_ROWS, NUM_ROWS))),
+        seed=SEED,
+        micro_batch_size=1,
+        has_weights=False,
+        folder=tmp_path,
+    )
+    steps = [range(half), range(half, NUM_ROWS), range(NUM_ROWS, 2 * NUM_ROWS)]
+    rows = [[ordered.row_at(index) for index in step] for step in steps]
     batches = [
         [
             all_sessions()[session]

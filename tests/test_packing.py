@@ -12,9 +12,11 @@ from megatron_multiturn.packing import PackPlan, PieceTable, pack
 
 def pieces_of(positions: list[int] | NDArray[np.int64]) -> PieceTable:
     """One whole session of `positions[i] + 1` tokens a piece."""
-    spans = np.zeros((len(positions), 4), dtype=np.int32)
-    spans[:, 3] = np.asarray(positions, dtype=np.int64) + 1
-    return PieceTable(session=np.arange(len(positions)), spans=spans)
+    return PieceTable(
+        session=np.arange(len(positions), dtype=np.int32),
+        num_tokens=np.array(positions, dtype=np.int32) + np.int32(1),
+        cut_spans=np.zeros((0, 4), dtype=np.int32),
+    )
 
 
 def rows_of(plan: PackPlan, epoch: int = 0) -> list[list[int]]:
@@ -153,6 +155,13 @@ def test_a_longer_plan_begins_with_the_shorter_one(plan: PackPlan) -> None:
     np.testing.assert_array_equal(shorter.row_offsets, plan.row_offsets[: len(shorter.row_offsets)])
 
 
+@pytest.mark.parametrize("wanted", [0, 1, 2, 3, 7])
+def test_there_are_as_many_epochs_as_rows_are_wanted(plan: PackPlan, wanted: int) -> None:
+    rows = wanted * plan.stats.num_rows // 2
+    made = pack(plan.pieces, sequence_length=1024, seed=7, at_least_rows=rows)
+    assert made.num_rows == max(1, -(-wanted // 2)) * plan.stats.num_rows >= rows
+
+
 def test_another_seed_is_another_plan(plan: PackPlan) -> None:
     other = pack(plan.pieces, sequence_length=1024, seed=8)
     assert row_contents(other) == row_contents(plan)
@@ -182,7 +191,8 @@ def test_no_pieces_make_no_rows() -> None:
 
 
 def test_dtypes(plan: PackPlan) -> None:
-    assert plan.row_offsets.dtype == plan.row_pieces.dtype == np.int64
+    assert plan.row_offsets.dtype == np.int64
+    assert plan.row_pieces.dtype == np.int32
 
 
 @pytest.mark.parametrize(("sequence_length", "multiple"), [(10, 4), (0, 1), (8, 0)])

@@ -217,7 +217,7 @@ def test_an_error_in_a_worker_comes_out_as_it_is(
 SLOW_COMMAND = """
 import sys, time
 from megatron_multiturn import pipeline, preprocess
-from megatron_multiturn.store import TokenizerIdentity
+from megatron_multiturn.vocabulary import TokenizerIdentity
 
 class Characters:
     size, bos_id, eos_id, unknown_id = 0x110000, 1, 2, None

@@ -25,6 +25,7 @@ def stages_unaware(num_samples: list[int]) -> tuple[Any, Any, Any]:
 def without_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(megatron_compat, "get_args", lambda: argparse.Namespace(seq_length=8))
     monkeypatch.setattr(provider, "agree_on_row_shape", lambda datasets, length: SHAPE)
+    monkeypatch.setattr(provider, "agree_on_epoch", lambda train: 0)
 
 
 @pytest.mark.usefixtures("without_ranks")
@@ -52,12 +53,44 @@ def test_an_unknown_provider_is_refused(name: str, message: str) -> None:
         select_provider(name)
 
 
-def test_data_that_end_before_the_training_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Megatron gives one epoch of several datasets without weights, whatever is asked for."""
-    monkeypatch.setattr(megatron_compat, "get_args", argparse.Namespace)
-    monkeypatch.setattr(provider, "dataset_config", lambda args: argparse.Namespace(mock=False))
+@pytest.fixture
+def build(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Call the provider, all of whose datasets hold 7 rows; the row numbers it asked for."""
+    asked: list[Any] = []
     datasets: list[Any] = [[None] * 7, None, None]
-    monkeypatch.setattr(megatron_compat, "build_blended_datasets", lambda *args: datasets)
-    assert train_valid_test_datasets_provider([7, 0, 0]) == tuple(datasets)
+
+    def build_datasets(cls: type, num_samples: list[int | None], *others: object) -> list[Any]:
+        asked[:] = num_samples
+        return list(datasets)
+
+    def call(num_rows: int, blend: Any, *, balance: bool = True, **args: Any) -> tuple[Any, Any]:
+        fields = {"balance_data_parallel": balance, "global_batch_size": 4, **args}
+        config = argparse.Namespace(mock=False, blend=blend, blend_per_split=None)
+        monkeypatch.setattr(megatron_compat, "get_args", lambda: argparse.Namespace(**fields))
+        monkeypatch.setattr(provider, "dataset_config", lambda args: config)
+        return train_valid_test_datasets_provider([num_rows, 0, 0])[0], asked[0]
+
+    monkeypatch.setattr(megatron_compat, "build_blended_datasets", build_datasets)
+    monkeypatch.setattr(provider, "_put_in_order", lambda train, *others: ("ordered", train))
+    return call
+
+
+def test_data_that_end_before_the_training_are_refused(build: Any) -> None:
+    """Megatron gives one epoch of several datasets without weights, whatever is asked for."""
+    blend = (["a", "b"], None)
+    assert build(7, blend)[0] == ("ordered", [None] * 7)
     with pytest.raises(ConfigError, match=r"hold 7 rows, and --train-iters asks for 8.*weight"):
-        train_valid_test_datasets_provider([8, 0, 0])
+        build(8, blend)
+
+
+def test_as_many_rows_are_asked_for_as_the_order_needs(build: Any) -> None:
+    """What is decided of a window of rows must not depend on where the training ends."""
+    assert build(7, (["a"], None))[1] == 7
+    assert build(7, (["a", "b"], None))[1] is None
+    assert build(7, (["a", "b"], None), balance=False)[1] == 7
+    growing = {"step_batch_size_schedule": "0:2 64:4", "seq_length": 8}
+    assert build(7, (["a"], None), **growing)[1] == 7 + 4
+    with pytest.raises(ConfigError, match="hold 7 rows"):
+        build(1025, (["a", "b"], [0.5, 0.5]))
+    assert build(7, (["a", "b"], [0.5, 0.5]))[1] == 1024
+    assert build(7, (["a", "b"], [0.5, 0.5]), balance=False)[1] == 7

@@ -79,7 +79,9 @@ def one_rank(
 def rows_of_step(prefix: str, folder: Path, step: int, split: str) -> list[dict[str, Any]]:
     from megatron.core.datasets.utils import Split
 
+    from megatron_multiturn.batches import BatchSchedule
     from megatron_multiturn.dataset import MultiTurnDataset, MultiTurnDatasetConfig
+    from megatron_multiturn.row_order import balance_rows
 
     config = MultiTurnDatasetConfig(
         random_seed=7,
@@ -90,7 +92,7 @@ def rows_of_step(prefix: str, folder: Path, step: int, split: str) -> list[dict[
     )
     store = MultiTurnDataset.build_low_level_dataset(prefix, config)
     bounds = {"train": (0, 28), "valid": (28, 40)}[split]
-    rows = MultiTurnDataset(
+    rows: Any = MultiTurnDataset(
         store,
         prefix,
         np.arange(*bounds, dtype=np.int32),
@@ -98,6 +100,15 @@ def rows_of_step(prefix: str, folder: Path, step: int, split: str) -> list[dict[
         Split[split],
         config,
     )
+    if split == "train":
+        rows = balance_rows(
+            rows,
+            BatchSchedule(((0, GLOBAL_BATCH_SIZE),)),
+            seed=7,
+            micro_batch_size=1,
+            has_weights=False,
+            folder=folder / "cache",
+        )
     return [rows[step * GLOBAL_BATCH_SIZE + k] for k in range(GLOBAL_BATCH_SIZE)]
 
 

@@ -5,11 +5,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from drawn_sessions import DrawnSession, Row, build_rows, draw, draw_random, plan_of
+from drawn_sessions import (
+    DrawnSession,
+    Row,
+    build_rows,
+    draw,
+    draw_random,
+    plan_of,
+    row_of_sessions,
+)
 from numpy.typing import NDArray
 
 from megatron_multiturn.errors import ConfigError
-from megatron_multiturn.samples import LOSS_AVERAGES, RowFormat, build_row, row_turns
+from megatron_multiturn.row_pieces import join_sessions
+from megatron_multiturn.samples import LOSS_AVERAGES, RowFormat, row_turns
 
 
 def whole(*sessions: DrawnSession) -> NDArray[np.int32]:
@@ -22,7 +31,7 @@ def row_of(*drawings: str, length: int, **options: Any) -> Row:
     row_format = RowFormat(
         **{"sequence_length": length, "max_pieces_per_row": 4, "pad_token": 0} | options
     )
-    return build_row(sessions, whole(*sessions), row_format)
+    return row_of_sessions(sessions, whole(*sessions), row_format)
 
 
 def test_the_worked_example() -> None:
@@ -83,7 +92,7 @@ def test_a_session_that_opens_with_a_target_loses_its_first_token() -> None:
 
 def test_a_target_that_opens_a_later_piece_is_predicted_by_nothing() -> None:
     row_format = RowFormat(sequence_length=4, max_pieces_per_row=1, pad_token=0)
-    row = build_row([draw("|uAAA")], np.array([[0, 1, 1, 4]], dtype=np.int32), row_format)
+    row = row_of_sessions([draw("|uAAA")], np.array([[0, 1, 1, 4]], dtype=np.int32), row_format)
     assert row["loss_token_num"].tolist() == [2, 2, 0, 0]
 
 
@@ -115,7 +124,7 @@ def test_turns_are_told_apart_under_every_average(average: str) -> None:
     row_format = RowFormat(
         sequence_length=8, max_pieces_per_row=2, pad_token=0, loss_average=average
     )
-    row = build_row(sessions, spans, row_format)
+    row = row_of_sessions(sessions, spans, row_format)
     assert row["turn_index"].tolist() == [1, 1, 2, 2, 2, 0, 3, 0]
     assert row["turn_token_num"].tolist() == [2, 2, 3, 3, 3, 0, 1, 0]
 
@@ -141,7 +150,8 @@ def test_nothing_is_inferred_from_ids() -> None:
 def test_turns_for_inspection() -> None:
     sessions = [draw("|uA"), draw("|uAAuBuC")]
     row_format = RowFormat(sequence_length=9, max_pieces_per_row=2, pad_token=0)
-    turns = row_turns(sessions, np.array([[0, 0, 0, 2], [0, 1, 3, 6]], dtype=np.int32), row_format)
+    spans = np.array([[0, 0, 0, 2], [0, 1, 3, 6]], dtype=np.int32)
+    turns = row_turns(join_sessions(sessions, spans), spans, row_format)
     assert turns.piece.tolist() == [0, 1, 1, 1]
     assert turns.turn_in_session.tolist() == [0, 0, 1, 2]
     assert turns.num_targets.tolist() == [1, 0, 1, 0]
@@ -159,10 +169,10 @@ def test_truncated_sessions_can_count_what_is_trained() -> None:
         loss_average="session",
         divisor_unit=unit,
     )
-    row = build_row([session], spans, row_format)
+    row = row_of_sessions([session], spans, row_format)
     assert row["loss_token_num"].max() * unit == pytest.approx(2 * 3, rel=1e-5)
     assert row["turn_num"][0] == round(unit * 2 / 3)
-    kept_only = build_row([session], spans, replace(row_format, sessions_end_with_piece=True))
+    kept_only = row_of_sessions([session], spans, replace(row_format, sessions_end_with_piece=True))
     assert kept_only["loss_token_num"].max() * unit == 2 * 2
     assert kept_only["turn_num"][0] == unit
 
@@ -200,7 +210,7 @@ def test_rows_token_by_token(multiple: int) -> None:
         boundaries = [0]
         for piece in pieces.tolist():
             session = corpus[int(plan.pieces.session[piece])]
-            system_stop, start, _, stop = plan.pieces.spans[piece].tolist()
+            system_stop, start, _, stop = plan.pieces.spans_of(np.array([piece]))[0].tolist()
             shown = [*session.tokens[:system_stop].tolist(), *session.tokens[start:stop].tolist()]
             filler = [pad] * (-(len(shown) - 1) % multiple)
             tokens += shown[:-1] + filler
@@ -225,6 +235,6 @@ def test_two_pieces_of_a_session_can_share_a_row() -> None:
     row_format = RowFormat(
         sequence_length=4, max_pieces_per_row=2, pad_token=0, loss_average="session"
     )
-    row = build_row([session, session], spans, row_format)
+    row = row_of_sessions([session, session], spans, row_format)
     assert row["loss_token_num"].tolist() == [4, 4, 4, 4]
     assert row["turn_num"].tolist() == [1]

@@ -14,7 +14,9 @@ from megatron_multiturn.encoding import EncodedSession
 from megatron_multiturn.errors import ConfigError, DatasetError
 from megatron_multiturn.index_file import read_index, smallest_token_dtype, write_index
 from megatron_multiturn.manifest import InputFile, TemplateIdentity
-from megatron_multiturn.store import SessionStore, SessionWriter, TokenizerIdentity, count_targets
+from megatron_multiturn.session_writer import SessionWriter, count_targets
+from megatron_multiturn.store import SessionStore
+from megatron_multiturn.vocabulary import TokenizerIdentity
 
 TEMPLATE = TemplateIdentity(name="firefly", content_hash="t" * 8)
 
@@ -253,7 +255,7 @@ def test_an_index_of_another_run_is_refused(tmp_path: Path) -> None:
         (None, "no manifest, so .*data is no complete dataset.*preprocess"),
         ("{", "no manifest of a preprocessed dataset"),
         ("[]", "no manifest of a preprocessed dataset"),
-        ({"format_version": 2}, "format version 2, but this version of the package reads 1"),
+        ({"format_version": 1}, "format version 1, but this version of the package reads 2"),
         ({"bin_bytes": "40"}, "'bin_bytes' is '40'"),
         ({"counts": {}}, "no manifest of a preprocessed dataset"),
         ({"turn_weights": []}, "0 turn weights"),

@@ -22,10 +22,15 @@ def cut(
     )
 
 
+def all_spans(pieces: PieceTable) -> list[list[int]]:
+    spans: list[list[int]] = pieces.spans_of(np.arange(len(pieces))).tolist()
+    return spans
+
+
 def pieces_as_text(session: DrawnSession, pieces: PieceTable) -> list[str]:
     """The pieces; targets that the piece must not train are shown in lower case."""
     texts = []
-    for system_stop, start, target_start, stop in pieces.spans.tolist():
+    for system_stop, start, target_start, stop in all_spans(pieces):
         replayed = session.drawing[start:target_start].lower()
         texts.append(
             session.drawing[:system_stop]
@@ -66,7 +71,7 @@ class TestWindow:
     def test_whole_system_and_start_again_is_one_plain_run(self) -> None:
         session = draw("|ss|uA|uuuuuB")
         pieces, _ = cut([session], 8, window_context=4)
-        assert pieces.spans.tolist() == [[0, 0, 0, 4], [2, 4, 9, 10]]
+        assert all_spans(pieces) == [[0, 0, 0, 4], [2, 4, 9, 10]]
         session = draw("|ss|uA|uuuuB|vvvvvC")
         pieces, report = cut([session], 9, window_context=2)
         assert pieces_as_text(session, pieces) == ["ssuAuuuuB", "ssvvvvvC"]
@@ -152,7 +157,7 @@ class TestOtherPolicies:
         sessions = [draw("|uA"), draw("|uuuuAAAA|uBB"), draw("|uuB")]
         pieces, report = cut(sessions, 4, "drop")
         assert pieces.session.tolist() == [0, 2]
-        assert pieces.spans.tolist() == [[0, 0, 0, 2], [0, 0, 0, 3]]
+        assert all_spans(pieces) == [[0, 0, 0, 2], [0, 0, 0, 3]]
         assert (report.num_sessions_dropped, report.num_targets_lost) == (1, 6)
 
     def test_error_names_session_length_and_remedy(self) -> None:
@@ -185,11 +190,11 @@ def test_sessions_of_fewer_than_two_tokens_have_no_piece() -> None:
     assert report.num_sessions_too_short == 2
 
 
-def test_pieces_are_in_the_order_of_their_sessions() -> None:
+def test_whole_sessions_come_first_each_in_the_order_of_their_sessions() -> None:
     sessions = [draw("|uA"), draw("|uuA|uuB|uuC"), draw("A"), draw("|uC"), draw("|uuuuuuuuA|uuB")]
     pieces, report = cut(sessions, 3, window_context=0)
-    assert pieces.session.tolist() == [0, 1, 1, 1, 3, 4, 4]
-    assert pieces.num_positions().tolist() == [1, 2, 2, 2, 1, 3, 2]
+    assert pieces.session.tolist() == [0, 3, 1, 1, 1, 4, 4]
+    assert pieces.num_positions().tolist() == [1, 1, 2, 2, 2, 3, 2]
     assert report.num_pieces_made == 5
     assert report.num_sessions_cut == 2
 
@@ -217,7 +222,7 @@ def test_random_sessions_are_cut_by_the_rules() -> None:
         window = int(rng.integers(1, 50))
         context = int(rng.integers(0, window))
         pieces, report = cut([session], window, window_context=context)
-        spans = pieces.spans.tolist()
+        spans = all_spans(pieces)
         if report.num_long_sessions == 0:
             assert spans == [[0, 0, 0, len(session.drawing)]] * (len(session.drawing) > 1)
             seen["fit"] += 1
