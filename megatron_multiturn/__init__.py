@@ -12,7 +12,8 @@ The way of the data; each module imports only modules above it:
          |  encoding.py    batched tokenisation -> tokens and one mode a segment
          v
     EncodedSession
-         |  store.py       PREFIX.bin, .idx, .json: Megatron's own indexed dataset + manifest
+         |  session_writer.py  PREFIX.bin, .idx, .json: Megatron's own indexed dataset + manifest
+         |  store.py       reads it: memory-mapped, from files or from object storage
          v
     SessionStore
          |  packing.py     session lengths in, PackPlan out: which pieces lie in which row

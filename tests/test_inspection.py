@@ -14,7 +14,7 @@ from drawn_sessions import draw, segment_index, session_lengths
 
 from megatron_multiturn import inspection
 from megatron_multiturn.averages import LOSS_AVERAGES
-from megatron_multiturn.dataset_statistics import DatasetTurns, loss_shares
+from megatron_multiturn.dataset_statistics import DatasetTurns, dataset_turns, loss_shares
 from megatron_multiturn.decoding import RunDecoder
 from megatron_multiturn.encoding import EncodedSession
 from megatron_multiturn.inspection import main, use_color
@@ -23,6 +23,7 @@ from megatron_multiturn.modes import CONTEXT, LEADING_SYSTEM, MESSAGE_START, TAR
 from megatron_multiturn.row_view import ShownPiece, Style, format_pieces
 from megatron_multiturn.samples import RowFormat
 from megatron_multiturn.session_writer import SessionWriter
+from megatron_multiturn.store import SessionStore
 from megatron_multiturn.targets import target_runs
 from megatron_multiturn.vocabulary import TokenizerIdentity, tokenizer_fingerprint
 
@@ -286,6 +287,34 @@ class TestCommand:
         assert "答案" * 36 in out.replace("\n     ┃ ", "")
         out = run(capsys, prefix, *options, "--seq-length", "245")
         assert "piece 2 of 2 ── session 39" in out
+
+    @pytest.mark.parametrize("how", ["window", "truncate", "drop"])
+    def test_statistics_count_what_is_cut_and_lost(
+        self, capsys: pytest.CaptureFixture[str], prefix: str, how: str
+    ) -> None:
+        flags = ["--stats", "--seq-length", "50", "--session-window", "40", "--long-session", how]
+        out = run(capsys, prefix, *flags)
+        counts = {
+            name: int(number.replace(",", ""))
+            for number, name in re.findall(r"^  ([\d,]+) (.*)$", out, flags=re.MULTILINE)
+        }
+        store = SessionStore.open(prefix)
+        is_long = store.session_lengths() > 41
+        turns = dataset_turns(store)
+        of_long = int(turns.turns_per_session[is_long].sum())
+        assert of_long > 0
+        dropped = re.search(
+            r"(\d+) longer than the window: (\d+) cut into \d+ pieces, (\d+) d", out
+        )
+        assert dropped
+        assert [int(number) for number in dropped.groups()] == {
+            "window": [is_long.sum(), is_long.sum(), 0],
+            "truncate": [is_long.sum(), int(dropped[2]), is_long.sum() - int(dropped[2])],
+            "drop": [is_long.sum(), 0, is_long.sum()],
+        }[how]
+        lost = counts.get("turns lost", 0)
+        assert {"window": lost == 0, "truncate": lost > 0, "drop": lost == of_long}[how]
+        assert (counts.get("target tokens lost", 0) > 0) == (how != "window")
 
     def test_statistics_need_no_tokenizer(
         self,
