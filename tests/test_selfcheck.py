@@ -350,6 +350,7 @@ def parsed_flags(**changes: object) -> tuple[argparse.Namespace, argparse.Argume
         "make_vocab_size_divisible_by": 128, "recompute_granularity": None, "load": None,
         "use_distributed_optimizer": False, "overlap_p2p_comm": True, "micro_batch_size": None,
         "global_batch_size": None, "rampup_batch_size": None, "rotary_base": 10000,
+        "packed_attention": "auto",
     }  # fmt: skip
     parser = argparse.ArgumentParser()
     for name, default in defaults.items():
@@ -370,6 +371,18 @@ def test_both_runs_are_in_float32_unless_it_is_declined() -> None:
     assert selfcheck_flags.prepare_both(args, parser, num_batches=1, dtype="given") == []
     assert args.fp16
     assert args.initial_loss_scale == 1.0
+
+
+def test_transformer_engines_ring_is_checked_in_its_own_precision() -> None:
+    ring = {"packed_attention": "te", "context_parallel_size": 2, "bf16": True}
+    args, parser = parsed_flags(**ring)
+    with pytest.raises(ConfigError, match=r"does not run in float32; .* --check-dtype given"):
+        selfcheck_flags.prepare_both(args, parser, num_batches=1, dtype="float32")
+    selfcheck_flags.prepare_both(args, parser, num_batches=1, dtype="given")
+    assert args.packed_attention == "te"
+    args, parser = parsed_flags(**ring | {"context_parallel_size": 1})
+    selfcheck_flags.prepare_both(args, parser, num_batches=1, dtype="float32")
+    assert args.packed_attention == "auto"
 
 
 def test_the_reference_is_cut_over_nothing() -> None:
