@@ -57,7 +57,8 @@ def main() -> None:
     for sigma, near_row in ((1.0, 0.0), (1.5, 0.0), (1.0, 0.05)):
         mix = f", {near_row:.0%} of sessions nearly as long as a row" if near_row else ""
         print(f"\nlog-normal around {args.median:.0f} tokens, sigma {sigma}{mix}")
-        _report(_plan(args, sigma, near_row), args.global_batch_size, args.seed)
+        plan = _plan(args, sigma, near_row)
+        _report(plan, args.seq_length, args.global_batch_size, args.seed)
 
 
 def _plan(args: argparse.Namespace, sigma: float, near_row: float) -> PackPlan:
@@ -75,9 +76,10 @@ def _plan(args: argparse.Namespace, sigma: float, near_row: float) -> PackPlan:
     return pack(pieces, sequence_length=longest, seed=args.seed, at_least_rows=at_least)
 
 
-def _report(plan: PackPlan, size: int, seed: int) -> None:
+def _report(plan: PackPlan, longest: int, size: int, seed: int) -> None:
     num_rows = plan.stats.num_rows
-    costs = row_costs(plan.row_offsets, plan.row_pieces, plan.pieces.num_positions())
+    positions = plan.pieces.num_positions()[plan.row_pieces]
+    costs = row_costs(plan.row_offsets, positions, sequence_length=longest)
     whole = len(costs) // size * size
     shuffled = costs[:whole].reshape(-1, size)
     started = time.perf_counter()

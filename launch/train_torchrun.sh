@@ -22,7 +22,10 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 : "${SAVE_DIR:?set it to a folder for checkpoints}"
 seq_length=${SEQ_LENGTH:-4096}
 length=(--train-iters "${TRAIN_ITERS:-10000}")
-if [[ -n ${TRAIN_EPOCHS:-} ]]; then
+# A flag behind the script may say it in another way.
+if [[ " $* " =~ " --train-epochs"[\ =]|" --train-samples"[\ =] ]]; then
+    length=()
+elif [[ -n ${TRAIN_EPOCHS:-} ]]; then
     length=(--train-epochs "$TRAIN_EPOCHS")
 fi
 

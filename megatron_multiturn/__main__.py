@@ -119,6 +119,11 @@ def _hook_megatron(*, on_cpu: bool, has_script: bool) -> None:
             "forward_step_func": forward_step,
         }
 
+    def epoch_of(num_rows: int) -> float | None:
+        from megatron_multiturn.provider import training_epoch
+
+        return training_epoch(num_rows)
+
     def adapt_mtp(block: Any, transformer_impl: str) -> None:
         args = megatron_compat.get_args()
         if args.dataset_provider != "megatron":
@@ -129,7 +134,7 @@ def _hook_megatron(*, on_cpu: bool, has_script: bool) -> None:
     megatron_hooks.hook_pretrain(replacements)
     megatron_hooks.hook_checkpoint_arguments(remember_checkpoint)
     megatron_hooks.hook_mtp(adapt_mtp, roll_within_pieces)
-    megatron_hooks.hook_evaluation_report(COUNTS)
+    megatron_hooks.hook_log_lines(COUNTS, epoch_of)
 
 
 if __name__ == "__main__":

@@ -49,19 +49,23 @@ class Imbalance:
 
 
 def row_costs(
-    row_offsets: NDArray[np.int64],  # (num_rows + 1,)
-    row_pieces: NDArray[np.integer],  # (num_row_pieces,)
-    piece_positions: NDArray[np.integer],  # (num_pieces,)
+    row_offsets: NDArray[np.int64],  # (num_rows + 1,): where each row begins in the next
+    piece_positions: NDArray[np.integer],  # (num_row_pieces,): of the pieces of all rows
+    *,
+    sequence_length: int,
+    piece_multiple: int = 1,
 ) -> NDArray[np.float64]:
     """Attention cost of each row, the sum of the squares of its pieces' lengths; (num_rows,).
 
-    What else a row costs is the same for all, for all are padded to one length.
+    A piece is as long as what it is rounded up to, and the padding at the end of a row is a piece
+    too. What else a row costs is the same for all, for all are padded to one length.
     """
     if len(row_offsets) < 2:
         return np.zeros(0)
-    first = int(row_offsets[0])
-    lengths = piece_positions[row_pieces[first : int(row_offsets[-1])]].astype(np.float64)
-    costs: NDArray[np.float64] = np.add.reduceat(lengths * lengths, row_offsets[:-1] - first)
+    lengths = (-(-piece_positions // piece_multiple) * piece_multiple).astype(np.float64)
+    begins = row_offsets[:-1] - row_offsets[0]
+    padding = sequence_length - np.add.reduceat(lengths, begins)
+    costs: NDArray[np.float64] = np.add.reduceat(lengths * lengths, begins) + padding * padding
     return costs
 
 

@@ -7,7 +7,6 @@ for every row, which of them it is from (`dataset_index`) and which of its rows 
 
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -38,38 +37,34 @@ def plan_digest(plan: PackPlan) -> str:
     return digest.hexdigest()[:16]
 
 
-def costs_of(
-    rows: Any,
-    numbers: NDArray[np.int64],
-    of_plan: Callable[[PackPlan, NDArray[np.int64]], NDArray[np.float64]],
-) -> NDArray[np.float64]:
-    """Attention cost of some rows, `of_plan` saying that of a packed dataset's; (len(numbers),)."""
+def costs_of(rows: Any, numbers: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Attention cost of some rows; (len(numbers),)."""
     if not hasattr(rows, "datasets"):
-        return of_plan(rows.plan, numbers)
+        return _costs_of_packed(rows, numbers)
     costs = np.empty(len(numbers))
     of_dataset, row_of_dataset = rows.dataset_index[numbers], rows.dataset_sample_index[numbers]
     for index, leaf in enumerate(rows.datasets):
         here = np.flatnonzero(of_dataset == index)
         if len(here):
-            costs[here] = of_plan(leaf.plan, row_of_dataset[here])
+            costs[here] = _costs_of_packed(leaf, row_of_dataset[here])
     return costs
 
 
-def costs_of_range(plan: PackPlan, numbers: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Of rows that lie close together."""
-    begin, stop = int(numbers.min()), int(numbers.max()) + 1
-    positions = plan.pieces.num_positions()
-    costs = row_costs(plan.row_offsets[begin : stop + 1], plan.row_pieces, positions)
-    return costs[numbers - begin]
-
-
-def costs_of_some(plan: PackPlan, numbers: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Of a few rows anywhere, without looking at the others."""
-    pieces = [plan.pieces_of_row(row) for row in numbers.tolist()]
-    offsets = np.zeros(len(pieces) + 1, dtype=np.int64)
-    np.cumsum([len(row) for row in pieces], out=offsets[1:])
-    positions = plan.pieces.num_tokens[np.concatenate(pieces)] - 1
-    return row_costs(offsets, np.arange(len(positions)), positions)
+def _costs_of_packed(leaf: Any, numbers: NDArray[np.int64]) -> NDArray[np.float64]:
+    """The same for a packed dataset; reads what it needs of these rows alone."""
+    plan = leaf.plan
+    begins, stops = plan.row_offsets[numbers], plan.row_offsets[numbers + 1]
+    offsets = np.zeros(len(numbers) + 1, dtype=np.int64)
+    np.cumsum(stops - begins, out=offsets[1:])
+    # where each piece of these rows lies in the plan's list of pieces
+    places = np.arange(offsets[-1]) + np.repeat(begins - offsets[:-1], stops - begins)
+    positions = plan.pieces.num_tokens[plan.row_pieces[places]] - 1
+    return row_costs(
+        offsets,
+        positions,
+        sequence_length=leaf.config.sequence_length,
+        piece_multiple=leaf.config.piece_multiple,
+    )
 
 
 def epochs_of(

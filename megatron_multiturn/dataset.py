@@ -61,6 +61,7 @@ class MultiTurnDataset(MegatronDataset):
 
     config: MultiTurnDatasetConfig
     dataset: SessionStore
+    sessions: range  # of the dataset on disk
 
     def __init__(
         self,
@@ -82,6 +83,7 @@ class MultiTurnDataset(MegatronDataset):
             )
         # Megatron made an array of all numbers from first to last, for every rank.
         self.indices = np.zeros(0, dtype=np.int32)
+        self.sessions = sessions
         self.plan = _plan(dataset, sessions, num_samples, index_split.name, config)
         self._row_format = RowFormat(
             sequence_length=config.sequence_length,

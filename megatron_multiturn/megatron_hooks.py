@@ -187,18 +187,27 @@ def add_weight_gradient(inputs: Tensor, output_gradient: Tensor, main_grad: Tens
     torch.addmm(main_grad, output_gradient.t(), inputs, out=main_grad, **mixed)
 
 
-def hook_evaluation_report(names: Sequence[str]) -> None:
-    """Leave the perplexities of `names`, which are counts, out of the line on an evaluation.
+def hook_log_lines(counts: Sequence[str], epoch_of: Callable[[int], float | None]) -> None:
+    """Put right what Megatron's log makes of values that are no losses.
 
-    Patches how the line is printed: Megatron takes every reported value for a loss.
+    counts: their perplexities are left out of the line on an evaluation.
+    epoch_of: how many epochs a number of rows are; `epoch` in the line on training is that of the
+        line's step, where Megatron gives a mean over the steps since the last line.
+
+    Patches how the lines are printed: Megatron takes every reported value for a loss.
     """
     from megatron import training
 
     print_rank_last = training.training.print_rank_last
-    perplexity = re.compile(rf" (?:{'|'.join(map(re.escape, names))}) PPL: \S+ \|")
+    perplexity = re.compile(rf" (?:{'|'.join(map(re.escape, counts))}) PPL: \S+ \|")
 
     @functools.wraps(print_rank_last)
-    def print_without(message: str) -> None:
-        print_rank_last(perplexity.sub("", message))
+    def print_corrected(message: str) -> None:
+        message = perplexity.sub("", message)
+        consumed = re.search(r" consumed samples: +(\d+) \|", message)
+        epoch = epoch_of(int(consumed.group(1))) if consumed else None
+        if epoch is not None:
+            message = re.sub(r" epoch: \S+ \|", f" epoch: {epoch:.6g} |", message)
+        print_rank_last(message)
 
-    training.training.print_rank_last = print_without
+    training.training.print_rank_last = print_corrected

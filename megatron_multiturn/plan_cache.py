@@ -95,13 +95,13 @@ def _description_path(stem: Path) -> Path:
 def _load(stem: Path, *, built_here: bool = False) -> CachedPlan | None:
     try:
         description = json.loads(_description_path(stem).read_text())
-    except FileNotFoundError:
-        return None
-    # An empty array cannot be memory-mapped; a plain array is indexed faster than a map.
-    arrays = {
-        name: np.asarray(np.load(path, mmap_mode="r" if description["sizes"][name] else None))
-        for name, path in _array_paths(stem).items()
-    }
+        # An empty array cannot be memory-mapped; a plain array is indexed faster than a map.
+        arrays = {
+            name: np.asarray(np.load(path, mmap_mode="r" if description["sizes"][name] else None))
+            for name, path in _array_paths(stem).items()
+        }
+    except (FileNotFoundError, ValueError):
+        return None  # not made yet, or damaged since
     plan = PackPlan(
         row_offsets=arrays["row_offsets"],
         row_pieces=arrays["row_pieces"],

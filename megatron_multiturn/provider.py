@@ -15,11 +15,11 @@ import torch
 from megatron_multiturn import megatron_compat as megatron
 from megatron_multiturn.batch import RowShape
 from megatron_multiturn.batches import BatchSchedule
-from megatron_multiturn.blends import leaves_of
+from megatron_multiturn.blends import leaves_of, plan_digest
 from megatron_multiturn.dataset import MultiTurnDataset, MultiTurnDatasetConfig
 from megatron_multiturn.epochs import describe_length, rows_per_epoch, training_blend
 from megatron_multiturn.errors import ConfigError, DatasetError
-from megatron_multiturn.resume import PLAN_ARGUMENT, check_goes_on, describe_plan
+from megatron_multiturn.resume import PLAN_ARGUMENT, agree_on_plan, check_goes_on, describe_plan
 from megatron_multiturn.row_order import BalancedRows, balance_rows, end_of_window
 from megatron_multiturn.samples import largest_divisor_unit
 from megatron_multiturn.vocabulary import tokenizer_fingerprint
@@ -67,6 +67,7 @@ def train_valid_test_datasets_provider(
         config,
     )
     if train is None:
+        agree_on_plan(None)
         return train, valid, test
     if wanted is not None and len(train) < wanted:
         raise ConfigError(
@@ -74,8 +75,12 @@ def train_valid_test_datasets_provider(
             "Megatron does not repeat several datasets without weights; put a weight before each "
             "path, or lower --train-iters"
         )
+    plan = None
     if wanted:
-        train = _put_in_order(train, wanted, args, config)
+        train, plan = _put_in_order(train, wanted, args, config)
+        evaluated = [leaf for rows in (valid, test) for leaf in _leaf_datasets([rows])]
+        plan = plan | {"the rows of evaluation": str([plan_digest(x.plan) for x in evaluated])}
+    agree_on_plan(plan)
     return train, valid, test
 
 
@@ -99,8 +104,8 @@ def _rows_to_plan(
 
 def _put_in_order(
     train: Any, num_rows: int, args: argparse.Namespace, config: MultiTurnDatasetConfig
-) -> Any:
-    """The training rows in the order of this run, which must be that of its checkpoint."""
+) -> tuple[Any, dict[str, str]]:
+    """The training rows in the order of this run, and its plan, which must be its checkpoint's."""
     blend = training_blend(config)
     rows = train
     if args.balance_data_parallel:
@@ -116,7 +121,7 @@ def _put_in_order(
     check_goes_on(plan)
     setattr(args, PLAN_ARGUMENT, plan)
     _say(rows, train, num_rows, args)
-    return rows
+    return rows, plan
 
 
 def _say(rows: Any, train: Any, num_rows: int, args: argparse.Namespace) -> None:

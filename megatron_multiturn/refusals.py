@@ -126,6 +126,12 @@ REFUSALS = (
         "pass --train-samples",
     ),
     Refusal(
+        "--phase-transition-iterations",
+        lambda a: a.phase_transition_iterations,
+        "Megatron begins every phase at the first row again",
+        "remove it; begin each phase as a run of its own, with --finetune",
+    ),
+    Refusal(
         "--iterations-to-skip with --context-parallel-size above 1",
         lambda a: a.iterations_to_skip and cp_size(a) > 1,
         "Megatron reads the rows that it skips by itself, and fails on the pieces in them",

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+import torch
 
 from megatron_multiturn._version import __version__
 from megatron_multiturn.blends import leaves_of, plan_digest
@@ -26,13 +27,15 @@ PLAN_ARGUMENT = "multiturn_plan"
 
 _ROWS, _VERSIONS = "the rows themselves", "made by"
 
+_NO_PLAN = 2**62  # above every number of a plan
+
 _checkpoint_plan: dict[str, str] | None = None
 
 
 def remember_checkpoint(checkpoint_args: argparse.Namespace) -> None:
     """Keep what the checkpoint's arguments say of its plan until the datasets are there."""
     global _checkpoint_plan
-    _checkpoint_plan = getattr(checkpoint_args, PLAN_ARGUMENT, None)
+    _checkpoint_plan = getattr(checkpoint_args, PLAN_ARGUMENT, {})
 
 
 def describe_plan(rows: Any, config: MultiTurnDatasetConfig) -> dict[str, str]:
@@ -49,7 +52,9 @@ def describe_plan(rows: Any, config: MultiTurnDatasetConfig) -> dict[str, str]:
     plan = {
         "--seed": config.random_seed,
         "--seq-length": config.sequence_length,
-        "--split, training on": config.split_matrix[0] if config.split_matrix else None,
+        "the sessions trained on": [
+            f"{len(leaf.sessions)} from {leaf.sessions.start}" for leaf in leaves
+        ],
         "the weights in --data-path": _shares(blend[1]) if blend and blend[1] else None,
         "the data": [_content(leaf.dataset.manifest) for leaf in leaves],
         "--long-session": config.long_session,
@@ -67,26 +72,64 @@ def describe_plan(rows: Any, config: MultiTurnDatasetConfig) -> dict[str, str]:
 def check_goes_on(plan: Mapping[str, str], before: Mapping[str, str] | None = None) -> None:
     """Raise ConfigError, naming each difference, if the checkpoint had another plan.
 
-    before: the checkpoint's plan; by default what `remember_checkpoint` has kept. Nothing is
-    compared if there is none: the run begins, or its checkpoint was not made with these rows.
+    before: the checkpoint's plan, empty if it has none; by default what `remember_checkpoint` has
+    kept. Nothing is compared if nothing was: the run begins, or begins anew.
     """
     before = _checkpoint_plan if before is None else before
     if before is None:
         return
-    differs = [name for name in plan if plan[name] != before.get(name)]
+    if not before:
+        raise ConfigError(
+            "the checkpoint does not say which rows it was trained on: it was made by other "
+            "datasets, or by an older version of this plugin, so that rows could be seen twice and "
+            "others never; pass --finetune to begin anew from its weights"
+        )
+    differs = [name for name in plan if name in before and plan[name] != before[name]]
     changed = [name for name in differs if name not in (_ROWS, _VERSIONS)]
     if not changed and _ROWS in differs:
         changed = [_ROWS, _VERSIONS]
     if changed:
         lines = [
-            f"  {name}: {before.get(name, 'nothing')} in the checkpoint, now {plan[name]}"
-            for name in changed
+            f"  {name}: {before[name]} in the checkpoint, now {plan[name]}" for name in changed
         ]
         raise ConfigError(
             "the checkpoint was trained with another plan of rows; with this one, rows would be "
             "seen twice and others never:\n" + "\n".join(lines) + "\nput it back, or pass "
             "--finetune to begin anew from the checkpoint's weights"
         )
+
+
+def agree_on_plan(plan: Mapping[str, str] | None) -> None:
+    """Raise ConfigError on every rank if the plans of those that have one differ; collective.
+
+    Each node reads its own files: a copy of the data that differs would give ranks other rows of
+    one epoch, and pipeline stages other pieces of one row.
+    """
+    mine = [_NO_PLAN, _NO_PLAN] if plan is None else [_number_of(plan), -_number_of(plan)]
+    extremes = torch.tensor(mine, device="cuda")
+    torch.distributed.all_reduce(extremes, op=torch.distributed.ReduceOp.MIN)
+    lowest, negated = extremes.tolist()
+    if lowest == -negated or lowest == _NO_PLAN:
+        return
+    plans: list[Mapping[str, str] | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(plans, plan)
+    of_ranks = [(rank, found) for rank, found in enumerate(plans) if found is not None]
+    first, expected = of_ranks[0]
+    rank, other = next((rank, found) for rank, found in of_ranks if found != expected)
+    lines = [
+        f"  {name}: {expected[name]} on rank {first}, {other.get(name)} on rank {rank}"
+        for name in expected
+        if other.get(name) != expected[name]
+    ]
+    raise ConfigError(
+        "ranks read different rows:\n" + "\n".join(lines) + "\nput the same data, flags and "
+        "versions on every node"
+    )
+
+
+def _number_of(plan: Mapping[str, str]) -> int:
+    digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).digest()
+    return int.from_bytes(digest[:7], "big")
 
 
 def _shares(weights: Sequence[float]) -> list[float]:

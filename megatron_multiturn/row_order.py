@@ -30,8 +30,6 @@ from megatron_multiturn.balance import (
 from megatron_multiturn.batches import BatchSchedule
 from megatron_multiturn.blends import (
     costs_of,
-    costs_of_range,
-    costs_of_some,
     epochs_of,
     leaves_of,
     plan_digest,
@@ -40,7 +38,7 @@ from megatron_multiturn.errors import DatasetError
 from megatron_multiturn.shared_files import atomic, locked
 
 # Raise it whenever the same rows would come in another order.
-_ORDER_VERSION = 1
+_ORDER_VERSION = 2
 
 # Batches of a blend that are put together from the same rows.
 _WINDOW_BATCHES = 256
@@ -126,7 +124,7 @@ class BalancedRows:
         ordered = np.array([self.row_at(number) for number in numbers.tolist()])
         before, after = (
             measure_imbalance(
-                costs_of(self._rows, rows, costs_of_some).reshape(-1, size),
+                costs_of(self._rows, rows).reshape(-1, size),
                 data_parallel_size=data_parallel_size,
                 micro_batch_size=self._micro_batch_size,
             )
@@ -183,10 +181,11 @@ def balance_rows(
 def _load(stem: Path) -> RowOrder | None:
     try:
         description = json.loads(stem.with_suffix(".json").read_text())
-    except FileNotFoundError:
-        return None
+        order = np.asarray(np.load(stem.with_suffix(".npy"), mmap_mode="r"))
+    except (FileNotFoundError, ValueError):
+        return None  # not made yet, or damaged since
     return RowOrder(
-        order=np.asarray(np.load(stem.with_suffix(".npy"), mmap_mode="r")),
+        order=order,
         group_sizes={int(size): group for size, group in description["group_sizes"].items()},
         first_window=description["first_window"],
     )
@@ -201,9 +200,10 @@ def _build(stem: Path, rows: Any, schedule: BatchSchedule, seed: int, has_weight
         order = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.int64, shape=(num_rows,))
         for number, (begin, stop) in enumerate(windows):
             numbers = np.arange(begin, stop)
-            costs = costs_of(rows, numbers, costs_of_range)
+            costs = costs_of(rows, numbers)
             for size in schedule.sizes():
-                group_sizes.setdefault(size, choose_group_size(costs, size))
+                if size not in group_sizes:
+                    group_sizes[size] = choose_group_size(costs, size)
             window = balanced_order(
                 costs,
                 schedule.stretches(begin, stop),

@@ -34,8 +34,10 @@ def locked(path: Path, doing: str) -> Iterator[None]:
         lock.truncate()
         lock.write(f"process {os.getpid()} on {socket.gethostname()} to {doing}")
         lock.flush()
-        yield
-        lock.truncate(0)
+        try:
+            yield
+        finally:
+            lock.truncate(0)
 
 
 def _wait_for(lock: TextIO, path: Path) -> None:

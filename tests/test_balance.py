@@ -177,9 +177,12 @@ def test_a_place_keeps_its_cost() -> None:
 
 
 def test_the_cost_of_a_row_is_that_of_its_attention() -> None:
-    offsets, pieces = np.array([2, 4, 5]), np.array([9, 9, 0, 2, 1])
-    assert row_costs(offsets, pieces, np.array([3, 5, 4])).tolist() == [9 + 16, 25]
-    assert row_costs(np.array([0]), pieces, np.array([3])).tolist() == []
+    """Of its pieces, rounded up where ranks share them, and of the padding at its end."""
+    offsets, positions = np.array([2, 4, 5]), np.array([3, 4, 5])
+    assert row_costs(offsets, positions, sequence_length=7).tolist() == [9 + 16, 25 + 4]
+    rounded = row_costs(offsets, positions, sequence_length=12, piece_multiple=4)
+    assert rounded.tolist() == [16 + 16 + 16, 64 + 16]
+    assert row_costs(np.array([0]), positions[:0], sequence_length=7).tolist() == []
 
 
 def test_the_measure_is_megatrons_sampler() -> None:
@@ -204,7 +207,8 @@ def corpus_costs(sigma: float, near_row: float) -> NDArray[np.float64]:
     )
     plan = pack(pieces, sequence_length=SEQUENCE_LENGTH, seed=0)
     assert plan.stats.fill >= 0.999
-    return row_costs(plan.row_offsets, plan.row_pieces, pieces.num_positions())
+    positions = pieces.num_positions()[plan.row_pieces]
+    return row_costs(plan.row_offsets, positions, sequence_length=SEQUENCE_LENGTH)
 
 
 def test_ranks_wait_little() -> None:

@@ -63,6 +63,20 @@ def test_all_processes_share_the_maps(tmp_path: Path) -> None:
             assert not array.flags.writeable
 
 
+@pytest.mark.parametrize("damage", ["removed", "cut short"])
+def test_a_damaged_plan_is_made_again(damage: str, tmp_path: Path) -> None:
+    built = _arrays(cached_plan(tmp_path, KEY, build))
+    (rows,) = tmp_path.glob("plan-*-row_pieces.npy")
+    if damage == "removed":
+        rows.unlink()
+    else:
+        rows.write_bytes(rows.read_bytes()[:-1])
+    again = cached_plan(tmp_path, KEY, build)
+    assert again.built_here
+    for one, other in zip(built, _arrays(again), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_every_part_of_the_key_names_another_plan() -> None:
     changes: dict[str, Any] = {
         "dataset_hash": "y",

@@ -47,6 +47,7 @@ REFUSED: dict[str, list[Change]] = {
     ],
     "--rampup-batch-size": [{"rampup_batch_size": ["16", "8", "300000"]}],
     "--step-batch-size-schedule": [{"step_batch_size_schedule": "0:2,512:4", "train_iters": 9}],
+    "--phase-transition-iterations": [{"phase_transition_iterations": [4]}],
     "--iterations-to-skip": [{**_CP2, "iterations_to_skip": [7]}],
     "--full-validation": [{"full_validation": True}],
     "--spec": [{"spec": ["local"]}, {"spec": ["their.module", "spec"]}, {"spec": []}],

@@ -209,6 +209,26 @@ def test_another_plan_is_refused(
     assert min(notes.losses) == 0
 
 
+@pytest.mark.parametrize("layout", ["", "--pipeline-model-parallel-size 2"])
+def test_nodes_whose_copies_of_the_data_differ_are_refused(
+    layout: str, tmp_path: Path, data: dict[str, list[str]]
+) -> None:
+    for rank, name in enumerate(("one", "blend")):
+        for suffix in (".bin", ".idx", ".json"):
+            shutil.copyfile(data[name][-1] + suffix, tmp_path / f"copy-{rank}{suffix}")
+    flags = [*data["one"][:-1], str(tmp_path / "copy-@"), "--micro-batch-size", "2", *STEADY, "2"]
+    flags += ["--num-workers", "0", "--data-cache-path", str(tmp_path / "cache-@"), *layout.split()]
+    script = str(SCRIPT.with_name("node_local_data.py"))
+    with pytest.raises(AssertionError, match="rank 0 failed") as refusal:
+        run_ranks([script, *MODEL_FLAGS, *FLAGS, *flags], 2, {}, tmp_path / "logs")
+    assert re.search(
+        r"(?s)ranks read different rows:\n.*^  the data: \['110 sessions .* on rank 0, \['50 "
+        r"sessions .* on rank 1\n",
+        str(refusal.value),
+        re.MULTILINE,
+    )
+
+
 PLAN = {"--seed": "7", "the data": "a", "the rows themselves": "['ab']", "made by": "version 1"}
 
 
@@ -220,8 +240,13 @@ def test_rows_that_another_version_makes_are_refused() -> None:
     assert "the rows themselves: ['ab'] in the checkpoint, now ['cd']\n" in str(refusal.value)
     assert "made by: version 1 in the checkpoint, now version 2\n" in str(refusal.value)
     assert "--seed" not in str(refusal.value)
-    with pytest.raises(ConfigError, match="the data: nothing in the checkpoint, now a\n"):
-        check_goes_on(PLAN, {name: PLAN[name] for name in PLAN if name != "the data"})
+    # What a later version asks besides says nothing of an earlier one's checkpoint.
+    check_goes_on(PLAN | {"--new-flag": "1"}, PLAN)
+
+
+def test_a_checkpoint_that_says_nothing_of_its_rows_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"does not say which rows it was trained on.*--finetune"):
+        check_goes_on(PLAN, {})
 
 
 def test_a_run_that_begins_is_compared_with_nothing() -> None:
@@ -240,7 +265,9 @@ def test_what_says_the_same_in_other_words_is_the_same(
         for suffix in (".bin", ".idx", ".json"):
             shutil.copyfile(prefix + suffix, f"{copy}{suffix}")
 
-    def plan(blend: tuple[list[str], list[float]], split: str) -> dict[str, str]:
+    def plan(
+        blend: tuple[list[str], list[float]], split: str, num_sessions: int = 40
+    ) -> dict[str, str]:
         config = MultiTurnDatasetConfig(
             random_seed=7,
             sequence_length=64,
@@ -251,15 +278,16 @@ def test_what_says_the_same_in_other_words_is_the_same(
         leaves = []
         for prefix in blend[0]:
             store = MultiTurnDataset.build_low_level_dataset(prefix, config)
-            indices = np.arange(40, dtype=np.int32)
+            indices = np.arange(num_sessions, dtype=np.int32)
             leaves.append(MultiTurnDataset(store, prefix, indices, None, Split.train, config))
         return describe_plan(argparse.Namespace(datasets=leaves), config)
 
     here = plan((prefixes, [0.7, 0.3]), "80,20,0")
     assert here == plan(([str(copy) for copy in moved], [7.0, 3.0]), "8,1,1")
     changed = {
-        "--split, training on": plan((prefixes, [0.7, 0.3]), "90,10,0"),
+        "the sessions trained on": plan((prefixes, [0.7, 0.3]), "80,20,0", num_sessions=39),
         "the weights in --data-path": plan((prefixes, [0.8, 0.2]), "80,20,0"),
     }
     for name, other in changed.items():
-        assert {key for key in here if here[key] != other[key]} == {name}
+        differs = {key for key in here if here[key] != other[key]} - {"the rows themselves"}
+        assert differs == {name}

@@ -35,6 +35,7 @@ class Packed:
             cut_spans=np.zeros((0, 4), dtype=np.int32),
         )
         self.plan = pack(pieces, sequence_length=256, seed=seed, num_epochs=num_epochs)
+        self.config = argparse.Namespace(sequence_length=256, piece_multiple=1)
         self.dataset = argparse.Namespace(manifest=argparse.Namespace(to_json=lambda: name))
         self.name = name
 
