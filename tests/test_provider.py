@@ -71,7 +71,8 @@ def build(monkeypatch: pytest.MonkeyPatch) -> Any:
         return train_valid_test_datasets_provider([num_rows, 0, 0])[0], asked[0]
 
     monkeypatch.setattr(megatron_compat, "build_blended_datasets", build_datasets)
-    monkeypatch.setattr(provider, "_put_in_order", lambda train, *others: ("ordered", train))
+    monkeypatch.setattr(provider, "_put_in_order", lambda train, *others: (("ordered", train), {}))
+    monkeypatch.setattr(provider, "agree_on_plan", lambda plan: None)
     return call
 
 
