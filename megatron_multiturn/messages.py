@@ -45,13 +45,27 @@ _REFUSED_KEYS = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ToolCall:
+    """One call of a tool that an assistant's message makes."""
+
+    name: str
+    arguments: str = "{}"  # JSON text of an object, its keys in the order given
+    id: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
     """One entry of a session."""
 
     role: str  # "system", "user", "assistant" or "tool"
-    content: str
+    content: str  # may be empty in an answer that calls tools
     train: bool | None = None  # None: an assistant's message is trained on, no other is
     masked: tuple[tuple[int, int], ...] = ()  # (start, stop) in content, ordered: not trained on
+    weight: float = 1.0  # of the turn, positive; of an assistant's message only
+    reasoning: str = ""  # what the assistant thinks before it answers
+    tool_calls: tuple[ToolCall, ...] = ()
+    name: str | None = None  # of the speaker, or of the tool that answers
+    tool_call_id: str | None = None  # the call that a tool's message answers
 
     @property
     def is_answer(self) -> bool:

@@ -12,8 +12,8 @@ are trained on is said on the messages, or entries (see `messages.py`).
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_multiturn.errors import SessionError
@@ -43,6 +43,8 @@ class Session:
     messages: tuple[Message, ...]
     location: str  # "file.jsonl:17"
     plain: bool = False  # pre-training text: one assistant message, no chat markup
+    tools: tuple[dict[str, Any], ...] = ()  # schemas of the tools that may be called, as given
+    template_variables: Mapping[str, Any] = field(default_factory=dict)  # chat_template_kwargs
 
 
 def read_sessions(paths: Sequence[str], *, form: str = "auto") -> Iterator[Session | SessionError]:
