@@ -36,6 +36,8 @@ Parsed = tuple[list[Message], bool]  # (messages, whether it is plain text)
 
 def form_of_list(value: dict[str, Any], location: str) -> str | None:
     """The format of a record that holds a list of messages; None if it holds none."""
+    if value.keys().isdisjoint(_UTTERANCE_KEYS):
+        return None
     for key in _CHAT_KEYS:
         entries = value.get(key)
         if entries is None:

@@ -58,6 +58,10 @@ _MISPLACED_KEYS = {
 
 def read_message(entry: dict[str, Any], where: str) -> Message:
     """The message that an entry holds; raises SessionError."""
+    if len(entry) == 2:
+        message = _of_two_keys(entry)
+        if message is not None:
+            return message
     role_key = _present(entry, _ROLE_KEYS)
     given = entry.get(role_key)
     spelling = given.strip().lower() if isinstance(given, str) else None
@@ -102,6 +106,23 @@ def read_message(entry: dict[str, Any], where: str) -> Message:
         name=_label(entry, "name", where),
         tool_call_id=_label(entry, "tool_call_id", where),
     )
+
+
+def _of_two_keys(entry: dict[str, Any]) -> Message | None:
+    """The message of a role and a text alone, as most are; None for what needs a closer look."""
+    role, content = entry.get("role"), entry.get("content")
+    if role is None:
+        role, content = entry.get("from"), entry.get("value")
+    if type(role) is not str or type(content) is not str or role in _CALL_ROLES:
+        return None
+    if role not in ROLES or not content or content.isspace():
+        return None
+    if not content.isascii():
+        try:
+            content.encode("utf-8")
+        except UnicodeEncodeError:
+            return None
+    return Message(role=ROLES[role], content=content)
 
 
 def train_and_weight(entry: dict[str, Any], where: str, role: str) -> tuple[bool | None, float]:

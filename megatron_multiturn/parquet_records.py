@@ -31,9 +31,9 @@ def read_rows(path: str) -> Iterator[tuple[bytes, int, int]]:
             row = 0
             for group in range(file.num_row_groups):
                 for batch in file.iter_batches(_BATCH_ROWS, row_groups=[group]):
-                    for value in batch.to_pylist():
+                    for data in _rows_of(batch, f"{path}:{row + 1}"):
                         row += 1
-                        yield _to_json(value), row, group + 1
+                        yield data, row, group + 1
     except (pyarrow.ArrowException, OSError) as error:
         what = " ".join(str(error).split())
         raise ConfigError(
@@ -57,6 +57,25 @@ def _import_parquet(path: str) -> tuple[ModuleType, ModuleType]:
             "or write the file as JSONL"
         ) from None
     return pyarrow, parquet
+
+
+def _rows_of(batch: Any, where: str) -> list[bytes]:
+    """The rows of a batch as JSON text; of one whose text is not UTF-8, that text as it is.
+
+    Text of that kind is refused with its row when it is parsed.
+    """
+    try:
+        return [_to_json(row) for row in batch.to_pylist()]
+    except UnicodeDecodeError as error:
+        if batch.num_rows == 1:
+            return [bytes(error.object)]
+    except (ValueError, OverflowError, TypeError) as error:
+        what = " ".join(str(error).split())
+        raise ConfigError(
+            f"{where}: in or behind this row is a value that cannot be read ({what}); write the "
+            "file without that column"
+        ) from None
+    return [data for row in range(batch.num_rows) for data in _rows_of(batch.slice(row, 1), where)]
 
 
 def _to_json(row: dict[str, Any]) -> bytes:

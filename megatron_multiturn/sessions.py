@@ -192,7 +192,9 @@ def _template_variables(value: dict[str, Any], location: str) -> dict[str, Any]:
 
 def learns_something(message: Message) -> bool:
     """Whether a message has anything that is trained on."""
-    if message.is_answer and message.tool_calls:
+    if not message.is_answer:
+        return False
+    if message.tool_calls or not message.masked:
         return True
     return any(trained for _, trained in message.runs())
 

@@ -9,15 +9,18 @@ import io
 import json
 import os
 import random
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from session_fixtures import make_record, write_jsonl
 
 from megatron_multiturn import records
-from megatron_multiturn.errors import ConfigError
+from megatron_multiturn.errors import ConfigError, SessionError
 from megatron_multiturn.input_files import decoded_bytes, expand_inputs, open_decoded
 from megatron_multiturn.records import check_input_files, read_records
 from megatron_multiturn.sessions import Session, read_sessions
@@ -167,6 +170,29 @@ def test_parquet_values_that_json_lacks(tmp_path: Path) -> None:
     ]
 
 
+def test_parquet_text_that_is_no_text_is_a_bad_session(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    texts = pyarrow.array([b"good", b"b\xffd", b"fine"]).view(pyarrow.string())
+    path = str(tmp_path / "in")
+    importlib.import_module("pyarrow.parquet").write_table(pyarrow.table({"text": texts}), path)
+    first, bad, last = read_sessions([path])
+    assert isinstance(first, Session)
+    assert isinstance(last, Session)
+    assert last.location == f"{path}:3 (row group 1)"
+    assert isinstance(bad, SessionError)
+    assert bad.reason == "not-utf8"
+    assert str(bad).startswith(f"{path}:2 (row group 1): byte 0xff at position 1 is not UTF-8")
+
+
+def test_parquet_values_that_python_lacks(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    far = pyarrow.array([1 << 60], type=pyarrow.timestamp("ms"))
+    path = str(tmp_path / "in")
+    importlib.import_module("pyarrow.parquet").write_table(pyarrow.table({"at": far}), path)
+    with pytest.raises(ConfigError, match=r"in:1: in or behind this row .*without that column"):
+        values(path)
+
+
 def test_parquet_files_that_cannot_be_read(tmp_path: Path) -> None:
     path = Path(write_parquet(tmp_path / "in", RECORDS))
     whole = path.read_bytes()
@@ -275,3 +301,34 @@ def test_a_reader_gives_back_what_it_held(tmp_path: Path) -> None:
     assert isinstance(stream, io.BufferedReader)
     stream.close()
     assert stream.closed
+
+
+@settings(
+    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    start=st.sampled_from([b"", b"[", b'["', b"[{", b"\xef\xbb\xbf", b"\x1f\x8b\x08", b"PAR1"]),
+    content=st.one_of(
+        st.binary(max_size=80),
+        st.text(st.sampled_from('[]{}":, \n\ta1\\'), max_size=60).map(str.encode),
+        st.binary(max_size=60).map(gzip.compress),
+    ),
+    packed=st.booleans(),
+    cut=st.integers(0, 12),
+)
+def test_any_bytes_are_read_or_refused(
+    tmp_path: Path, start: bytes, content: bytes, packed: bool, cut: int
+) -> None:
+    data = start + content
+    data = gzip.compress(data) if packed else data
+    path = tmp_path / "in"
+    path.write_bytes(data[: len(data) - cut] if cut < 6 else data)
+    try:
+        outcomes = list(read_sessions([str(path)]))
+    except ConfigError as error:
+        outcomes = []
+        refused = str(error)
+    else:
+        refused = f"{path}: nothing"
+    for said in (refused, *(str(one) for one in outcomes if isinstance(one, SessionError))):
+        assert re.match(re.escape(str(path)) + r":[^\n]*$", said)
