@@ -6,8 +6,8 @@
     firefly     {"conversation": [{"human": "...", "assistant": "..."}, ...]}
     utterances  ["...", "...", ...]: the second, fourth, ... are answers
 
-The entries decide, not the name of the list. An xtuner entry without system and input, alone in
-its record, is pre-training text.
+The entries decide, not the name of the list; the list may be JSON text. An xtuner entry without
+system and input, alone in its record, is pre-training text.
 """
 
 from collections.abc import Iterator
@@ -18,6 +18,7 @@ from megatron_multiturn.errors import SessionError
 from megatron_multiturn.fields import (
     content_of,
     filled,
+    json_field,
     optional_text,
     refuse_keys,
     show,
@@ -32,6 +33,18 @@ _CHAT_KEYS = ("messages", "conversations", "conversation")
 _UTTERANCE_KEYS = ("dialog", "dialogue", "utterances", "data", *_CHAT_KEYS)
 
 Parsed = tuple[list[Message], bool]  # (messages, whether it is plain text)
+
+
+def unfold_lists(value: dict[str, Any], location: str) -> dict[str, Any]:
+    """The record with lists of messages that are written as JSON text parsed."""
+    folded = [
+        key
+        for key in (*_CHAT_KEYS, "history")
+        if isinstance(value.get(key), str) and value[key].lstrip().startswith("[")
+    ]
+    return value | {
+        key: json_field(value[key], f"{location}: {key!r}", reason="not-json") for key in folded
+    }
 
 
 def form_of_list(value: dict[str, Any], location: str) -> str | None:

@@ -15,6 +15,7 @@ from typing import Any
 from megatron_multiturn.errors import ConfigError
 
 _BATCH_ROWS = 256
+_BUFFER_BYTES = 1 << 20
 
 
 def read_rows(path: str) -> Iterator[tuple[bytes, int, int]]:
@@ -24,8 +25,8 @@ def read_rows(path: str) -> Iterator[tuple[bytes, int, int]]:
     """
     pyarrow, parquet = _import_parquet(path)
     try:
-        # The rows of a file can be huge where their text is not; a column is read as it comes.
-        with parquet.ParquetFile(path, memory_map=False, pre_buffer=False) as file:
+        # A row group can be a whole file; with a buffer it is not held as a whole.
+        with parquet.ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
             if not file.metadata.num_rows:
                 raise ConfigError(f"{path}: the file holds no row; leave it out of --input")
             row = 0

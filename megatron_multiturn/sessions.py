@@ -87,6 +87,7 @@ def _parse(value: Any, location: str, form: str) -> Session:
         return Session(messages=tuple(messages), location=location, plain=plain)
     if not isinstance(value, dict):
         raise wrong_type(location, "the record", "an object", value)
+    value = chat_formats.unfold_lists(value, location)
     if form == "auto":
         form = _find_format(value, location)
     refuse_keys(value, location)

@@ -141,6 +141,16 @@ GOLDENS: dict[str, tuple[Any, str, list[Message]]] = {
         ],
     ),
     "sharegpt, role and content": ({"conversations": [USER, ANSWER]}, "sharegpt", QA),
+    "a list as text": (
+        {"conversations": json.dumps([USER, ANSWER]), "tools": "[]"},
+        "sharegpt",
+        QA,
+    ),
+    "history as text": (
+        {"instruction": "q", "output": "a", "history": '[["h", "i"]]'},
+        "alpaca",
+        [user("h"), answer("i"), *QA],
+    ),
     "sharegpt, conversation": (
         {"conversation": [{"from": "user", "value": "q"}, {"from": "assistant", "value": "a"}]},
         "sharegpt",

@@ -52,6 +52,11 @@ BAD_SESSIONS = {
     "no keys": ({}, "no-messages", "the record has no keys"),
     "empty list": ({"messages": []}, "no-messages", "'messages' is an empty list"),
     "not a list": ({"messages": "hi"}, "wrong-type", "'messages' must be a list of messages"),
+    "a list as broken text": (
+        {"messages": "[{"},
+        "not-json",
+        "'messages' is text that is not JSON",
+    ),
     "entry": ({"messages": [5]}, "wrong-type", "message 1 must be an object, not 5"),
     "unknown role": (
         {"messages": [USER, {"role": "narrator", "content": "a"}]},
