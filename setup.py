@@ -50,12 +50,15 @@ setup(
         "tensorboard>=2.16",  # --tensorboard-dir
     ],
     extras_require={
+        "corpora": ["pyarrow>=15", "zstandard>=0.22"],  # Parquet and zstd files
         "te": ["transformer-engine[pytorch]>=2.9"],
         "dev": [
             "hypothesis>=6.100",
             "mypy>=1.15",
+            "pyarrow>=15",
             "pytest>=8.2",
             "ruff>=0.12",
+            "zstandard>=0.22",
         ],
     },
     entry_points={

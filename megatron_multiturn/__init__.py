@@ -2,8 +2,12 @@
 
 The way of the data; each module imports only modules above it:
 
-    sessions.jsonl
+     input files
+         |  input_files.py files, patterns, folders, gzip, zstd; parquet_records.py: Parquet
+         |  records.py     -> raw records, streamed
          |  sessions.py    every input format -> Session, every error with file and line
+         |                 (chat_formats.py, question_formats.py; entries.py, tool_fields.py)
+         |  supervision.py which answers --train-on leaves to be trained on
          v
       Session
          |  templates.py   decides what is a target and which turn it is in; nobody else does

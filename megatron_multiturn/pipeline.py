@@ -22,10 +22,12 @@ from tqdm import tqdm
 
 from megatron_multiturn.encoding import EncodedSession, SessionEncoder
 from megatron_multiturn.errors import ConfigError, MultiTurnError, SessionError
+from megatron_multiturn.input_files import decoded_bytes
 from megatron_multiturn.manifest import Counts, TemplateIdentity, describe_input
 from megatron_multiturn.records import RawRecord, check_input_files, read_records
 from megatron_multiturn.session_writer import SessionWriter, output_paths
 from megatron_multiturn.sessions import parse_session
+from megatron_multiturn.supervision import select_answers
 from megatron_multiturn.templates import Template
 from megatron_multiturn.vocabulary import TokenizerIdentity
 
@@ -41,6 +43,7 @@ class Job:
     inputs: tuple[str, ...]
     prefix: str
     form: str  # a key of sessions.FORMATS, or "auto"
+    train_on: str  # a key of supervision.TRAIN_ON
     skip_bad_sessions: bool
     num_workers: int
     overwrite: bool
@@ -188,13 +191,18 @@ def _rejected_line(bad: _Rejected) -> str:
 
 def _encode_all(job: Job, encoder: SessionEncoder) -> Generator[_Encoded]:
     """The encoded chunks of all files, in order, with a progress bar on a terminal."""
-    work = _Work(encoder=encoder, form=job.form)
-    num_bytes = sum(os.path.getsize(path) for path in job.inputs)
+    work = _Work(encoder=encoder, form=job.form, train_on=job.train_on)
     with contextlib.ExitStack() as stack:
         # The pool forks first: the bar starts a thread.
         encoded = stack.enter_context(contextlib.closing(_map_in_order(work, job)))
         bar = stack.enter_context(
-            tqdm(total=num_bytes, unit="B", unit_scale=True, disable=None, desc="preprocess")
+            tqdm(
+                total=decoded_bytes(job.inputs),
+                unit="B",
+                unit_scale=True,
+                disable=None,
+                desc="preprocess",
+            )
         )
         num_sessions = 0
         for chunk in encoded:
@@ -252,6 +260,7 @@ class _Work:
 
     encoder: SessionEncoder
     form: str
+    train_on: str
 
     def encode_chunk(self, chunk: _Chunk) -> _Encoded:
         sessions = []
@@ -259,7 +268,8 @@ class _Work:
         parsed: list[int] = []
         for number, record in enumerate(chunk.records):
             try:
-                sessions.append(parse_session(record, form=self.form))
+                session = parse_session(record, form=self.form)
+                sessions.append(select_answers(session, self.train_on))
                 parsed.append(number)
             except SessionError as error:
                 errors[number] = error

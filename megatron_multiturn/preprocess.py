@@ -9,9 +9,11 @@ from types import FrameType
 
 from megatron_multiturn.encoding import SessionEncoder
 from megatron_multiturn.errors import ConfigError, MultiTurnError
+from megatron_multiturn.input_files import expand_inputs
 from megatron_multiturn.pipeline import Job, Summary, check_outputs, preprocess_sessions
 from megatron_multiturn.records import check_input_files
 from megatron_multiturn.sessions import FORMATS
+from megatron_multiturn.supervision import TRAIN_ON
 from megatron_multiturn.templates import TEMPLATES
 from megatron_multiturn.tokenizer_flags import add_tokenizer_flags, build_tokenizer
 from megatron_multiturn.vocabulary import open_vocabulary, tokenizer_fingerprint
@@ -25,7 +27,14 @@ def build_parser() -> argparse.ArgumentParser:
         prog="megatron-multiturn-preprocess",
         description="Turn files of chat sessions into a dataset for megatron-multiturn.",
     )
-    parser.add_argument("--input", nargs="+", required=True, metavar="FILE")
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="files, patterns in quotes, or folders, whose files are taken in the order of their "
+        "names: JSONL, JSON lists, Parquet; the first two also packed by gzip or zstd",
+    )
     parser.add_argument("--output-prefix", required=True, metavar="PREFIX")
     parser.add_argument("--template", required=True, choices=sorted(TEMPLATES))
     parser.add_argument(
@@ -33,6 +42,14 @@ def build_parser() -> argparse.ArgumentParser:
         default="auto",
         choices=("auto", *FORMATS),
         help="format of the records; auto looks at each (default)",
+    )
+    parser.add_argument(
+        "--train-on",
+        default="all",
+        choices=tuple(TRAIN_ON),
+        help="all answers (default), the last one, those of the last exchange (behind the user's "
+        "last message), or the assistant's words alone, without calls of tools; an answer that "
+        "its record leaves out stays out",
     )
     parser.add_argument(
         "--on-bad-session",
@@ -78,11 +95,13 @@ def _raise_exit(number: int, _frame: FrameType | None) -> None:
 def _run(args: argparse.Namespace) -> None:
     if args.workers < 1:
         raise ConfigError(f"--workers {args.workers}: at least one process must encode; pass 1")
-    check_input_files(args.input)
+    inputs = expand_inputs(args.input)
+    check_input_files(inputs)
     job = Job(
-        inputs=tuple(args.input),
+        inputs=tuple(inputs),
         prefix=args.output_prefix,
         form=args.format,
+        train_on=args.train_on,
         skip_bad_sessions=args.on_bad_session == "skip",
         num_workers=args.workers,
         overwrite=args.overwrite,

@@ -1,21 +1,25 @@
-"""Input files -> raw records, streamed: JSONL (one object a line) and JSON lists of objects.
+"""Input files -> raw records, streamed.
 
-A record is still text here; `sessions.py` says what it means. What the file is, is found out by
-its first character: `[` opens a JSON list, anything else is JSONL.
+A record is still text here; `sessions.py` says what it means. What a file is, is found out by
+its first bytes: Parquet, gzip and zstd (see `input_files`) by their marks; of JSON, `[` and an
+object or a list behind it open a JSON list of records, anything else is JSONL (a line may be a
+list of texts).
 """
 
 import codecs
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import BinaryIO
 
 from megatron_multiturn.errors import ConfigError
+from megatron_multiturn.input_files import is_parquet, open_decoded
+from megatron_multiturn.parquet_records import check_can_read, read_rows
 
 _READ_BYTES = 1 << 20
 _MAX_RECORD_CHARACTERS = 1 << 28  # a broken list must not be read whole to be found broken
 _WHITESPACE = " \t\r\n"
+_PEEK_BYTES = 1 << 12
 _NOT_UTF8_BOMS = {
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
@@ -29,49 +33,45 @@ class RawRecord:
     """One object of an input file, not yet parsed."""
 
     data: bytes  # JSON text, UTF-8 if the file is sound
-    location: str  # "file.jsonl:17", for a JSON list "file.json:17 (item 4)"
+    # "file.jsonl:17"; for a JSON list "file.json:17 (item 4)", for Parquet
+    # "file.parquet:17 (row group 2)", where 17 is the row in the file.
+    location: str
 
 
 def check_input_files(paths: list[str]) -> None:
     """Raise ConfigError if a path is missing, a folder, unreadable, empty or not UTF-8 by its BOM.
 
-    Cheap, so that a typing error in the last of many files is known before the work begins.
+    Cheap, so that a typing error in the last of many files is known before the work begins, and
+    the want of a package too.
     """
     for path in paths:
-        with _open(path) as stream:
-            _check_start(path, stream.read(4))
+        with open_decoded(path) as stream:
+            _check_start(path, stream.peek(4)[:4])
+        if is_parquet(path):
+            check_can_read(path)
 
 
 def read_records(path: str) -> Iterator[RawRecord]:
     """Yield the records of one file in order; blank lines of JSONL are no records.
 
     Raises ConfigError for a file that cannot be read on from: missing, empty, without a record,
-    UTF-16, or a JSON list that is broken (after the records before the break).
+    UTF-16, broken as an archive, or a JSON list that is broken (after the records before the
+    break).
     """
-    with _open(path) as stream:
-        start = stream.read(len(codecs.BOM_UTF8))
-        _check_start(path, start)
-        if start != codecs.BOM_UTF8:
-            stream.seek(0)
-        first = _first_character(stream)
-        if not first:
+    if is_parquet(path):
+        for data, row, group in read_rows(path):
+            yield RawRecord(data=data, location=f"{path}:{row} (row group {group})")
+        return
+    with open_decoded(path) as stream:
+        _check_start(path, stream.peek(4)[:4])
+        if stream.peek(len(codecs.BOM_UTF8)).startswith(codecs.BOM_UTF8):
+            stream.read(len(codecs.BOM_UTF8))
+        first_line = _skip_blank(stream)
+        start = stream.peek(1)[:_PEEK_BYTES]
+        if not start:
             raise ConfigError(f"{path}: the file holds only white space; leave it out of --input")
-        yield from _read_list(path, stream) if first == b"[" else _read_lines(path, stream)
-
-
-def _open(path: str) -> BinaryIO:
-    if Path(path).is_dir():
-        raise ConfigError(f"{path}: is a folder; --input takes files, for example {path}/*.jsonl")
-    if Path(path).exists() and not Path(path).is_file():
-        raise ConfigError(
-            f"{path}: is a pipe or a device, which can be read only once; write it to a file first"
-        )
-    try:
-        return open(path, "rb")
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; check --input") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); check --input") from None
+        read = _read_list if _opens_list(start) else _read_lines
+        yield from read(path, stream, first_line)
 
 
 def _check_start(path: str, start: bytes) -> None:
@@ -85,25 +85,45 @@ def _check_start(path: str, start: bytes) -> None:
             )
 
 
-def _first_character(stream: BinaryIO) -> bytes:
-    """The first byte that is not white space (empty at the end); the stream stays where it is."""
-    position = stream.tell()
-    character = stream.read(1)
-    while character and character in _WHITESPACE.encode():
-        character = stream.read(1)
-    stream.seek(position)
-    return character
+def _skip_blank(stream: io.BufferedReader) -> int:
+    """Read up to the first byte that is not white space; the number of its line."""
+    line = 1
+    while held := stream.peek(1):
+        blank = held[: len(held) - len(held.lstrip(_WHITESPACE.encode()))]
+        line += blank.count(b"\n")
+        stream.read(len(blank))
+        if len(blank) < len(held):
+            break
+    return line
 
 
-def _read_lines(path: str, stream: BinaryIO) -> Iterator[RawRecord]:
-    for number, line in enumerate(stream, start=1):
+def _opens_list(start: bytes) -> bool:
+    """Whether a file that begins so is one JSON list of records.
+
+    [{"messages" ...   one list of records       ["hello", "hi"]   a line, a record of its own
+    """
+    if not start.startswith(b"["):
+        return False
+    inside = start[1:].lstrip(_WHITESPACE.encode())
+    return not inside.startswith(b'"')
+
+
+def _read_lines(path: str, stream: io.BufferedReader, first_line: int) -> Iterator[RawRecord]:
+    number = first_line
+    while line := stream.readline(_MAX_RECORD_CHARACTERS):
+        if len(line) == _MAX_RECORD_CHARACTERS:
+            raise ConfigError(
+                f"{path}:{number}: the line has more than {_MAX_RECORD_CHARACTERS >> 20} MiB; one "
+                "line is one session: repair the file, or write it as one JSON list"
+            )
         data = line.strip()
         if data:
             yield RawRecord(data=data, location=f"{path}:{number}")
+        number += 1
 
 
-def _read_list(path: str, stream: BinaryIO) -> Iterator[RawRecord]:
-    text = _ListText(path, stream)
+def _read_list(path: str, stream: io.BufferedReader, first_line: int) -> Iterator[RawRecord]:
+    text = _ListText(path, stream, first_line)
     decoder = json.JSONDecoder()
     if text.next_character() != "[":
         raise AssertionError("the caller has seen the bracket")
@@ -132,8 +152,8 @@ def _read_list(path: str, stream: BinaryIO) -> Iterator[RawRecord]:
 class _ListText:
     """A window on the text of a JSON list that slides forward and knows its line."""
 
-    def __init__(self, path: str, stream: BinaryIO) -> None:
-        self.line = 1
+    def __init__(self, path: str, stream: io.BufferedReader, first_line: int) -> None:
+        self.line = first_line
         self._path = path
         self._stream = stream
         self._decoder = codecs.getincrementaldecoder("utf-8")()

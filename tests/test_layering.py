@@ -15,7 +15,9 @@ LEAVES = ("_version", "errors", "modes", "megatron_compat", "megatron_hooks")
 # A module may import only those named before it.
 ORDER = (
     # raw sessions -> dataset on disk
-    *("records", "messages", "sessions", "templates", "vocabulary", "encoding"),
+    *("input_files", "parquet_records", "records"),
+    *("messages", "fields", "tool_fields", "entries", "chat_formats", "question_formats"),
+    *("sessions", "supervision", "templates", "vocabulary", "encoding"),
     *("index_file", "manifest", "session_writer"),
     # dataset -> rows -> training
     *("shared_files", "object_storage", "row_pieces", "token_reader", "store"),
@@ -34,11 +36,13 @@ ORDER = (
 )
 
 PURE = (
-    *("errors", "modes", "records", "messages", "sessions", "templates"),
+    *("errors", "modes", "input_files", "parquet_records", "records"),
+    *("messages", "fields", "tool_fields", "entries", "chat_formats", "question_formats"),
+    *("sessions", "supervision", "templates"),
     *("row_pieces", "targets", "cutting", "windows", "packing", "averages", "samples"),
     *("batches", "balance", "blends"),
 )
-HEAVY = ("megatron", "sentencepiece", "torch", "transformers")
+HEAVY = ("megatron", "pyarrow", "sentencepiece", "torch", "transformers", "zstandard")
 
 
 def imported_modules(source: str) -> set[str]:

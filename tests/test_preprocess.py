@@ -1,6 +1,7 @@
 """The command as a whole: outputs, refusals, workers, and being killed."""
 
 import errno
+import gzip
 import importlib
 import json
 import os
@@ -127,10 +128,12 @@ def test_bad_inputs_end_the_run(tmp_path: Path, run: Run) -> None:
     only_bad = write_jsonl(tmp_path / "bad.jsonl", [BAD, BAD])
     broken = tmp_path / "broken.json"
     broken.write_text('[{"instruction": "q", "output": "a"}, {')
+    nothing = tmp_path / "nothing"
+    nothing.mkdir()
     for path, flags, message in (
         (empty, (), "empty.jsonl: the file is empty"),
         (str(tmp_path / "gone"), (), "gone: no such file"),
-        (str(tmp_path), (), "is a folder"),
+        (str(nothing), (), "no file in this folder ends in"),
         (str(broken), ("--on-bad-session", "skip"), "item 2 of the JSON list is broken"),
         (only_bad, ("--on-bad-session", "skip"), "all 2 sessions were rejected.*bad.jsonl:1"),
         (only_bad, ("--workers", "0"), "--workers 0: at least one"),
@@ -165,6 +168,39 @@ def test_an_input_is_never_overwritten(tmp_path: Path, run: Run) -> None:
     code, _, err = run(path, flags=("--overwrite",))
     assert code == 1
     assert "is both input and output" in err
+
+
+def test_a_folder_of_every_packing_is_read_in_order(tmp_path: Path, run: Run) -> None:
+    folder = tmp_path / "corpus"
+    (folder / "more").mkdir(parents=True)
+    lines = [json.dumps(make_record(turns)).encode() for turns in (1, 2, 3)]
+    (folder / "b.jsonl").write_bytes(lines[1])
+    (folder / "a.json.gz").write_bytes(gzip.compress(b"[" + lines[0] + b"]"))
+    (folder / "more" / "c.jsonl").write_bytes(lines[2])
+    (folder / "README.md").write_text("not a session")
+    assert run(str(folder))[0] == 0
+    found = SessionStore.open(str(tmp_path / "out" / "data")).manifest
+    assert [Path(entry.path).name for entry in found.inputs] == ["a.json.gz", "b.jsonl", "c.jsonl"]
+    assert (found.counts.sessions, found.counts.turns) == (3, 6)
+
+
+def test_train_on_chooses_the_turns(tmp_path: Path, run: Run) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [make_record(3), make_record(2)])
+    turns = {}
+    for choice in ("all", "last"):
+        assert run(path, flags=("--train-on", choice, "--overwrite"))[0] == 0
+        counts = SessionStore.open(str(tmp_path / "out" / "data")).manifest.counts
+        turns[choice] = (counts.turns, counts.tokens)
+    assert turns["all"][0] == 5
+    assert turns["last"] == (2, turns["all"][1])
+
+
+def test_a_weight_is_refused(tmp_path: Path, run: Run) -> None:
+    record = make_record(1)
+    record["messages"][1]["weight"] = 0.5
+    code, _, err = run(write_jsonl(tmp_path / "a.jsonl", [record]))
+    assert code == 1
+    assert "a.jsonl:1: message 2 has the weight 0.5" in err
 
 
 def test_a_named_format_is_used(tmp_path: Path, run: Run) -> None:
