@@ -15,7 +15,10 @@ LEAVES = ("_version", "errors", "modes", "megatron_compat", "megatron_hooks")
 # A module may import only those named before it.
 ORDER = (
     # raw sessions -> dataset on disk
-    *("records", "messages", "sessions", "templates", "vocabulary", "encoding"),
+    *("records", "messages", "sessions", "templates", "round_templates"),
+    *("template_families", "control_tokens", "turn_spans", "template_input", "sandbox"),
+    *("rendered_session", "jinja_templates", "vocabulary", "run_encoder"),
+    *("outlines", "encoding"),
     *("index_file", "manifest", "session_writer"),
     # dataset -> rows -> training
     *("shared_files", "object_storage", "row_pieces", "token_reader", "store"),
@@ -28,13 +31,15 @@ ORDER = (
     # commands
     *("selfcheck_flags", "selfcheck_hooks", "selfcheck_ranks", "selfcheck_report"),
     *("selfcheck_reference", "selfcheck_job", "selfcheck"),
-    *("tokenizer_flags", "pipeline", "preprocess"),
+    *("tokenizer_flags", "template_flags", "pipeline", "preprocess"),
     *("decoding", "row_view", "dataset_statistics", "inspection"),
     *("demo_corpus", "demo_report", "demo"),
 )
 
 PURE = (
-    *("errors", "modes", "records", "messages", "sessions", "templates"),
+    *("errors", "modes", "records", "messages", "sessions", "templates", "round_templates"),
+    *("template_families", "control_tokens", "turn_spans", "template_input", "sandbox"),
+    *("rendered_session", "jinja_templates"),
     *("row_pieces", "targets", "cutting", "windows", "packing", "averages", "samples"),
     *("batches", "balance", "blends"),
 )
