@@ -1,107 +1,112 @@
 """Segments -> tokens and one mode byte a segment, a batch of sessions at a time.
 
-Within a segment adjacent text is one run; a run never crosses the edge of a segment, because the
-model does not see past it when it answers. A run that follows text directly is encoded as a
+Within a segment adjacent text is one run. A run that follows text directly is encoded as a
 continuation (no space is put before it), so that the segments of a session join to its whole
-rendering. Two checks count where they do not: a run that does not decode to its text, and an edge
-where the whole rendering would be cut into other tokens.
+rendering, token for token. Where they would not, because a token lies across an edge, the text on
+both sides is encoded as a whole and cut by the tokenizer's offsets: such a token is the answer's,
+and context where it reaches into what is masked inside an answer. Such sessions are counted, and
+so are those with a run that does not decode to its text.
+
+Text that spells a control token stays text. Tokenizers that read some of them out of plain text
+are given it in two pieces there.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
+from megatron_multiturn.control_tokens import ControlLiterals, ControlToken
 from megatron_multiturn.errors import ConfigError, SessionError
-from megatron_multiturn.modes import (
-    CONTEXT,
-    LEADING_SYSTEM,
-    MESSAGE_START,
-    TARGET_BEGIN,
-    TARGET_CONTINUE,
-)
+from megatron_multiturn.outlines import EncodedSession, Outline, Outliner, assemble
+from megatron_multiturn.run_encoder import RunEncoder, TextRun
 from megatron_multiturn.sessions import Session
-from megatron_multiturn.templates import BOS, EOS, Segment, Special, Template
-from megatron_multiturn.vocabulary import RunEncoder, TextRun, Vocabulary
+from megatron_multiturn.templates import BOS, EOS, ChatTemplate, Special
+from megatron_multiturn.vocabulary import Vocabulary
 
-# How much text on either side of an edge decides how it is cut into tokens there, in characters.
-_EDGE_LEFT = 16
-_EDGE_RIGHT = 8
+__all__ = ["LITERAL_CONTROL_TOKENS", "EncodedBatch", "EncodedSession", "SessionEncoder"]
+
 _EDGE_CACHE_SIZE = 1 << 16
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EncodedSession:
-    """A session as tokens."""
-
-    tokens: NDArray[np.int32]  # (num_tokens,)
-    segment_lengths: NDArray[np.int32]  # (num_segments,), none is 0
-    modes: NDArray[np.int8]  # (num_segments,)
-    location: str = ""  # "file.jsonl:17", where it came from; not stored
+LITERAL_CONTROL_TOKENS = ("escape", "error")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodedBatch:
     """What became of a batch of sessions."""
 
-    sessions: list[EncodedSession | SessionError]  # in the order given
+    sessions: list[EncodedSession | SessionError]  # in the order given, documents of one adjacent
+    sources: list[int]  # for each of them, the number of the session given
     num_unknown_tokens: int  # text that the vocabulary cannot write
     num_lossy_sessions: int  # some run does not decode to its text
-    num_recut_sessions: int  # at some edge the whole rendering is cut into other tokens
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Outline:
-    """A session in which each text run is still a number."""
-
-    location: str
-    segments: list[tuple[int, list[int]]]  # (mode, parts): an id, or ~i for run i of the batch
-    runs: list[int]  # their numbers in the batch
-    edges: list[tuple[str, str]]  # (text before, text after) where text is cut in two
+    num_recut_sessions: int  # some token lies across an edge
+    num_open_turns: int  # whose end is text, so that nothing says that the answer is over
+    num_rewritten_sessions: int  # their template rewrites history
 
 
 class SessionEncoder:
     """Renders sessions by a template and encodes them with a vocabulary."""
 
-    def __init__(self, template: Template, vocabulary: Vocabulary) -> None:
-        """Raises ConfigError if a special token of the template is not one token."""
+    def __init__(
+        self,
+        template: ChatTemplate,
+        vocabulary: Vocabulary,
+        *,
+        literal_control_tokens: Literal["escape", "error"] = "escape",
+    ) -> None:
+        """Raises ConfigError if a special token of the template is not one token.
+
+        literal_control_tokens: whether text may spell one; it is never made one.
+        """
         self._template = template
         self._vocabulary = vocabulary
         self._run_encoder = RunEncoder(vocabulary)
         self._ids: dict[Special, int | None] = {BOS: vocabulary.bos_id, EOS: vocabulary.eos_id}
         for special in template.specials:
             self._ids[special] = self._require(special)
-        self._unsafe_literals = self._find_unsafe_literals()
+        unsafe = self._find_unsafe_literals()
+        self._outliner = Outliner(self._ids, unsafe)
+        self._refuses_literals = literal_control_tokens == "error"
+        self._literals = self._control_literals()
         self._edge_cache: dict[tuple[str, str], bool] = {}
 
     @property
     def omits_bos(self) -> bool:
         """Whether the template opens with a BOS that the vocabulary does not have."""
-        return self._ids[BOS] is None and BOS in self._template.opening
+        return self._ids[BOS] is None and self._template.opens_with_bos
 
     def encode(self, sessions: Sequence[Session]) -> EncodedBatch:
         """Encode a batch; a session that cannot be encoded comes back as its SessionError."""
         numbers: dict[TextRun, int] = {}  # templates write the same runs time and again
-        outlines: list[_Outline | SessionError] = []
-        for session in sessions:
+        outlines: list[Outline | SessionError] = []
+        sources: list[int] = []
+        num_open_turns = num_rewritten = 0
+        for source, session in enumerate(sessions):
+            found: list[Outline | SessionError] = []
             try:
                 self._check_text(session)
+                documents = self._template.documents(session)
+                found += [
+                    self._outliner.outline(document, session.location, numbers)
+                    for document in documents
+                ]
             except SessionError as error:
-                outlines.append(error)
+                found = [error]
             else:
-                outlines.append(self._outline(session, numbers))
+                num_open_turns += sum(document.num_open_turns for document in documents)
+                num_rewritten += any(document.history_rewritten for document in documents)
+            outlines += found
+            sources += [source] * len(found)
         runs = list(numbers)
         encoded = self._run_encoder.encode(runs)
-        kept = [outline for outline in outlines if isinstance(outline, _Outline)]
+        kept = [outline for outline in outlines if isinstance(outline, Outline)]
         lossy = self._run_encoder.find_lossy(runs, encoded)
         recut = self._find_recut({edge for outline in kept for edge in outline.edges})
         unknown = self._vocabulary.unknown_id
         return EncodedBatch(
-            sessions=[
-                _assemble(outline, encoded) if isinstance(outline, _Outline) else outline
-                for outline in outlines
-            ],
+            sessions=[self._finish(outline, runs, encoded, recut) for outline in outlines],
+            sources=sources,
             num_unknown_tokens=(
                 0
                 if unknown is None
@@ -109,7 +114,50 @@ class SessionEncoder:
             ),
             num_lossy_sessions=sum(not lossy.isdisjoint(outline.runs) for outline in kept),
             num_recut_sessions=sum(not recut.isdisjoint(outline.edges) for outline in kept),
+            num_open_turns=num_open_turns,
+            num_rewritten_sessions=num_rewritten,
         )
+
+    def _finish(
+        self,
+        outline: Outline | SessionError,
+        runs: list[TextRun],
+        encoded: list[list[int]],
+        recut: set[tuple[str, str]],
+    ) -> EncodedSession | SessionError:
+        if isinstance(outline, SessionError):
+            return outline
+        own = [encoded[number] for number in outline.runs]
+        if not recut.isdisjoint(outline.edges):
+            try:
+                own = self._encode_whole(outline, runs)
+            except SessionError as error:
+                return error
+        return assemble(outline, own)
+
+    def _encode_whole(self, outline: Outline, runs: list[TextRun]) -> list[list[int]]:
+        """The ids of each run, where runs that go on from one another are encoded as one text."""
+        encoded: list[list[int]] = []
+        is_left = iter(outline.lefts())
+        start = 0
+        for stop in range(1, len(outline.runs) + 1):
+            if stop < len(outline.runs) and outline.joined[stop]:
+                continue
+            texts = [runs[number][0] for number in outline.runs[start:stop]]
+            ends = np.cumsum([len(text) for text in texts])[:-1].tolist()
+            edges = [(end, next(is_left)) for end in ends]
+            goes_on = runs[outline.runs[start]][1]
+            ids = self._run_encoder.encode_cut(("".join(texts), goes_on), edges)
+            if ids is None:
+                raise SessionError(
+                    f"{outline.location}: a token lies across the edge of an answer, and this "
+                    "tokenizer does not say where in the text its tokens lie; use its fast "
+                    "variant, or leave the session out",
+                    reason="token-across-edge",
+                )
+            encoded += ids
+            start = stop
+        return encoded
 
     def _require(self, special: Special) -> int | None:
         """The id of a special token; None only for BOS, which is left out."""
@@ -131,74 +179,46 @@ class SessionEncoder:
             )
         return found
 
-    def _find_unsafe_literals(self) -> tuple[str, ...]:
-        """The special tokens that the tokenizer reads out of plain text.
+    def _find_unsafe_literals(self) -> list[str]:
+        """The special tokens that the tokenizer reads out of plain text, the longest first.
 
         SentencePiece does so with user-defined symbols, Hugging Face with tokens that were added
         but not declared special.
         """
-        unsafe = []
+        ids = [token_id for token_id in self._ids.values() if token_id is not None]
+        literals = [self._vocabulary.literal_of(token_id) for token_id in ids]
+        encoded = self._vocabulary.encode(
+            [text for literal in literals for text in (literal, f"a{literal}b")]
+        )
+        unsafe = {
+            literal
+            for number, (token_id, literal) in enumerate(zip(ids, literals, strict=True))
+            if any(token_id in found for found in encoded[2 * number : 2 * number + 2])
+        }
+        return sorted(unsafe, key=lambda literal: (-len(literal), literal))
+
+    def _control_literals(self) -> ControlLiterals:
+        """The control tokens that no message may spell, if such sessions are refused."""
+        tokens = {token.literal: token for token in self._vocabulary.control_tokens()}
         for token_id in self._ids.values():
-            if token_id is None:
-                continue
-            literal = self._vocabulary.literal_of(token_id)
-            if any(token_id in ids for ids in self._vocabulary.encode([literal, f"a{literal}b"])):
-                unsafe.append(literal)
-        return tuple(unsafe)
+            if token_id is not None:
+                literal = self._vocabulary.literal_of(token_id)
+                tokens.setdefault(literal, ControlToken(literal=literal, special=True))
+        return ControlLiterals([t for t in tokens.values() if t.special and t.literal.strip()])
 
     def _check_text(self, session: Session) -> None:
+        if not self._refuses_literals:
+            return
         for number, message in enumerate(session.messages, start=1):
-            for literal in self._unsafe_literals:
-                if literal in message.content:
+            calls = (text for call in message.tool_calls for text in (call.name, call.arguments))
+            for text in (message.content, message.reasoning, *calls):
+                for _, _, token in self._literals.find(text):
                     raise SessionError(
-                        f"{session.location}: message {number} spells {literal!r}, which this "
-                        "tokenizer cannot keep as text; remove it, or declare the token special "
-                        "(SentencePiece: a control symbol)",
-                        reason="special-token-in-text",
+                        f"{session.location}: message {number} spells the control token "
+                        f"{token.literal!r}; remove it, or pass --literal-control-tokens escape "
+                        "to keep it as text",
+                        reason="control-token-in-text",
                     )
-
-    def _outline(self, session: Session, numbers: dict[TextRun, int]) -> _Outline:
-        """The session with its runs added to those of the batch."""
-        runs: list[int] = []
-        segments: list[tuple[int, list[int]]] = []
-        edges: list[tuple[str, str]] = []
-        text_before = ""  # the run right before this point, if no special token stands between
-        for segment in self._template.render(session):
-            parts: list[int] = []
-            text = ""
-            # The closing None writes out the last run.
-            for part in (*segment.parts, None):
-                if isinstance(part, str):
-                    text += part
-                    continue
-                if text:
-                    if text_before:
-                        edges.append((text_before[-_EDGE_LEFT:], text[:_EDGE_RIGHT]))
-                    run = (text, bool(text_before))
-                    runs.append(numbers.setdefault(run, len(numbers)))
-                    parts.append(~runs[-1])
-                    text_before, text = text, ""
-                if part is not None:
-                    token_id = self._special_id(part, session)
-                    if token_id is not None:
-                        parts.append(token_id)
-                    text_before = ""
-            segments.append((_mode(segment), parts))
-        return _Outline(
-            location=session.location,
-            segments=segments,
-            runs=runs,
-            edges=edges,
-        )
-
-    def _special_id(self, special: Special, session: Session) -> int | None:
-        token_id = self._ids[special]
-        if token_id is None and special != BOS:
-            raise ConfigError(
-                f"{session.location}: plain text ends with an end-of-sentence token, which the "
-                "tokenizer does not have; use another tokenizer, or leave plain text out"
-            )
-        return token_id
 
     def _find_recut(self, edges: set[tuple[str, str]]) -> set[tuple[str, str]]:
         """The edges at which encoding the text as a whole gives other tokens."""
@@ -213,43 +233,3 @@ class SessionEncoder:
             left_ids, right_ids, whole_ids = encoded[3 * index : 3 * index + 3]
             self._edge_cache[edge] = left_ids + right_ids != whole_ids
         return {edge for edge in edges if self._edge_cache[edge]}
-
-
-def _mode(segment: Segment) -> int:
-    if segment.kind != CONTEXT:
-        return segment.kind
-    return (
-        CONTEXT
-        | (MESSAGE_START if segment.starts_message else 0)
-        | (LEADING_SYSTEM if segment.leading_system else 0)
-    )
-
-
-def _assemble(outline: _Outline, encoded: list[list[int]]) -> EncodedSession:
-    """Put the runs in; a segment that came out empty (a BOS left out, only spaces) is none."""
-    tokens: list[int] = []
-    segment_lengths: list[int] = []
-    modes: list[int] = []
-    lost_begin = False
-    for planned_mode, parts in outline.segments:
-        mode = planned_mode
-        start = len(tokens)
-        for part in parts:
-            if part < 0:
-                tokens += encoded[~part]
-            else:
-                tokens.append(part)
-        if len(tokens) == start:
-            lost_begin = lost_begin or mode == TARGET_BEGIN
-            continue
-        if mode == TARGET_CONTINUE and lost_begin:
-            mode = TARGET_BEGIN
-        lost_begin = lost_begin and mode == CONTEXT
-        segment_lengths.append(len(tokens) - start)
-        modes.append(mode)
-    return EncodedSession(
-        tokens=np.array(tokens, dtype=np.int32),
-        segment_lengths=np.array(segment_lengths, dtype=np.int32),
-        modes=np.array(modes, dtype=np.int8),
-        location=outline.location,
-    )

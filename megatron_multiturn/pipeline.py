@@ -28,12 +28,19 @@ from megatron_multiturn.records import RawRecord, check_input_files, read_record
 from megatron_multiturn.session_writer import SessionWriter, output_paths
 from megatron_multiturn.sessions import parse_session
 from megatron_multiturn.supervision import select_answers
-from megatron_multiturn.templates import Template
+from megatron_multiturn.templates import ChatTemplate
 from megatron_multiturn.vocabulary import TokenizerIdentity
 
 _CHUNK_BYTES = 1 << 18
 _CHUNKS_PER_WORKER = 4
 _PARENT_CHECK_SECONDS = 1.0
+_TOTALS = (
+    "num_unknown_tokens",
+    "num_lossy_sessions",
+    "num_recut_sessions",
+    "num_open_turns",
+    "num_rewritten_sessions",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +64,8 @@ class Summary:
     num_unknown_tokens: int
     num_lossy_sessions: int
     num_recut_sessions: int
+    num_open_turns: int
+    num_rewritten_sessions: int
     omits_bos: bool
     seconds: float
     rejected_path: str | None
@@ -83,6 +92,8 @@ class _Encoded:
     num_unknown_tokens: int
     num_lossy_sessions: int
     num_recut_sessions: int
+    num_open_turns: int
+    num_rewritten_sessions: int
     num_bytes: int
 
 
@@ -91,7 +102,7 @@ def rejected_path(prefix: str) -> str:
 
 
 def preprocess_sessions(
-    job: Job, encoder: SessionEncoder, *, tokenizer: TokenizerIdentity, template: Template
+    job: Job, encoder: SessionEncoder, *, tokenizer: TokenizerIdentity, template: ChatTemplate
 ) -> Summary:
     """Write the dataset, and PREFIX.rejected.jsonl if sessions were left out.
 
@@ -120,7 +131,7 @@ def preprocess_sessions(
                 rejected_file.write(_rejected_line(bad))
             for session in chunk.sessions:
                 writer.add(session)
-            for name in ("num_unknown_tokens", "num_lossy_sessions", "num_recut_sessions"):
+            for name in _TOTALS:
                 totals[name] += getattr(chunk, name)
         if not writer.counts.sessions:
             raise ConfigError(
@@ -130,9 +141,7 @@ def preprocess_sessions(
         writer.describe(rejected=rejected, inputs=[describe_input(path) for path in job.inputs])
     return Summary(
         counts=writer.counts,
-        num_unknown_tokens=totals["num_unknown_tokens"],
-        num_lossy_sessions=totals["num_lossy_sessions"],
-        num_recut_sessions=totals["num_recut_sessions"],
+        **{name: totals[name] for name in _TOTALS},
         omits_bos=encoder.omits_bos,
         seconds=time.perf_counter() - started,
         rejected_path=rejected_path(job.prefix) if rejected else None,
@@ -275,9 +284,9 @@ class _Work:
                 errors[number] = error
         batch = self.encoder.encode(sessions)
         kept = []
-        for number, outcome in zip(parsed, batch.sessions, strict=True):
+        for source, outcome in zip(batch.sources, batch.sessions, strict=True):
             if isinstance(outcome, SessionError):
-                errors[number] = outcome
+                errors[parsed[source]] = outcome
             else:
                 kept.append(outcome)
         return _Encoded(
@@ -289,6 +298,8 @@ class _Work:
             num_unknown_tokens=batch.num_unknown_tokens,
             num_lossy_sessions=batch.num_lossy_sessions,
             num_recut_sessions=batch.num_recut_sessions,
+            num_open_turns=batch.num_open_turns,
+            num_rewritten_sessions=batch.num_rewritten_sessions,
             num_bytes=chunk.num_bytes,
         )
 

@@ -14,7 +14,7 @@ from megatron_multiturn.pipeline import Job, Summary, check_outputs, preprocess_
 from megatron_multiturn.records import check_input_files
 from megatron_multiturn.sessions import FORMATS
 from megatron_multiturn.supervision import TRAIN_ON
-from megatron_multiturn.templates import TEMPLATES
+from megatron_multiturn.template_flags import add_template_flags, build_template
 from megatron_multiturn.tokenizer_flags import add_tokenizer_flags, build_tokenizer
 from megatron_multiturn.vocabulary import open_vocabulary, tokenizer_fingerprint
 
@@ -36,7 +36,6 @@ def build_parser() -> argparse.ArgumentParser:
         "names: JSONL, JSON lists, Parquet; the first two also packed by gzip or zstd",
     )
     parser.add_argument("--output-prefix", required=True, metavar="PREFIX")
-    parser.add_argument("--template", required=True, choices=sorted(TEMPLATES))
     parser.add_argument(
         "--format",
         default="auto",
@@ -66,6 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="processes that encode (default: one a core, at most "
         f"{_MAX_DEFAULT_WORKERS}); the output is the same for any number",
     )
+    add_template_flags(parser)
     add_tokenizer_flags(parser, required=True)
     return parser
 
@@ -108,8 +108,11 @@ def _run(args: argparse.Namespace) -> None:
     )
     check_outputs(job)
     tokenizer = build_tokenizer(args)
-    template = TEMPLATES[args.template]
-    encoder = SessionEncoder(template, open_vocabulary(tokenizer))
+    vocabulary = open_vocabulary(tokenizer)
+    template = build_template(args, vocabulary, tokenizer)
+    encoder = SessionEncoder(
+        template, vocabulary, literal_control_tokens=args.literal_control_tokens
+    )
     identity = tokenizer_fingerprint(tokenizer, args.tokenizer_type)
     summary = preprocess_sessions(job, encoder, tokenizer=identity, template=template)
     print(_format_summary(summary, args.output_prefix))
@@ -133,7 +136,16 @@ def _format_summary(summary: Summary, prefix: str) -> str:
     for number, what in (
         (summary.num_unknown_tokens, "tokens are unknown to the vocabulary"),
         (summary.num_lossy_sessions, "sessions do not decode to exactly their text"),
-        (summary.num_recut_sessions, "sessions tokenise differently as one text"),
+        (summary.num_recut_sessions, "sessions have a token across the edge of an answer"),
+        (
+            summary.num_rewritten_sessions,
+            "sessions have a history that the template rewrites, see --history-rewriting",
+        ),
+        (
+            summary.num_open_turns,
+            "turns do not end with a control token, so that the model does not learn to stop; put "
+            "the template's closing token into its {% generation %} block",
+        ),
     ):
         if number:
             lines.append(f"  note: {number:,} {what}")

@@ -1,26 +1,23 @@
 """Session -> segments: the only place that decides what is a target and which turn it is in.
 
 A template writes a session as text runs and named special tokens. Special tokens are parts of
-their own, so a user's text that spells `<|im_end|>` stays text.
-
-    firefly   <s>input1</s>target1</s>input2</s>target2</s>
-    chatml    <|im_start|>role\\ncontent<|im_end|>\\n
+their own, so a user's text that spells `<|im_end|>` stays text. The built-in templates are in
+`template_families.py`, Hugging Face's chat templates in `jinja_templates.py`.
 
 Every answer that is trained on is a turn, with the token that closes it. A gap masked inside an
 answer makes three segments of one turn: TARGET_BEGIN, CONTEXT, TARGET_CONTINUE. The closing token
 is a target if the answer's last run is: where the end is masked, ending there is not learnt.
 
-firefly has no mark for roles: answers and what stands between them alternate. So all messages
-between two answers are one input, joined by "\\n", and a system message is the first line of the
-first input. The `<s>` is repeated, as a system message is, at the head of every window of a long
-session. It is left out if the vocabulary has none.
+What opens a session, `<s>` say, is repeated, as a system message is, at the head of every window
+of a long session. A `<s>` is left out if the vocabulary has none.
 """
 
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
+from megatron_multiturn.errors import SessionError
 from megatron_multiturn.modes import CONTEXT, TARGET_BEGIN, TARGET_CONTINUE
 from megatron_multiturn.sessions import Message, Session
 
@@ -34,12 +31,11 @@ class Special:
 
 
 Part = str | Special
+MessageParts = list[tuple[Part, bool]]  # (part, trained) in order
 
 # The ids are those of the tokenizer's own tokens, however it writes them.
 BOS = Special(token="<s>", role="bos")
 EOS = Special(token="</s>", role="eos")
-IM_START = Special(token="<|im_start|>")
-IM_END = Special(token="<|im_end|>")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,35 +48,95 @@ class Segment:
     leading_system: bool = False  # context that every window of a long session begins with
 
 
-# One message and the one after it (None at the end) -> its (part, trained) in order.
-RenderMessage = Callable[[Message, Message | None], list[tuple[Part, bool]]]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Document:
+    """What is trained on as one: a session, or a part of one whose history is rewritten."""
+
+    segments: tuple[Segment, ...]  # joined they are the whole rendering
+    num_open_turns: int = (
+        0  # whose end is text: nothing that is learnt says that the answer is over
+    )
+    history_rewritten: bool = False  # the session's later answers see earlier ones otherwise
+
+
+class ChatTemplate(Protocol):
+    """What encoding needs of a template."""
+
+    @property
+    def name(self) -> str:
+        """As in the manifest."""
+
+    @property
+    def specials(self) -> tuple[Special, ...]:
+        """All that chats need; plain text has BOS and EOS besides."""
+
+    @property
+    def opens_with_bos(self) -> bool:
+        """Whether it writes BOS first, if there is one."""
+
+    @property
+    def content_hash(self) -> str:
+        """Equal for templates that write alike."""
+
+    def documents(self, session: Session) -> list[Document]:
+        """The documents that a session becomes; SessionError if it cannot be written."""
+
+
+# One message and the one after it (None at the end) -> its parts.
+RenderMessage = Callable[[Message, Message | None], MessageParts]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Template:
-    """A way to write a session."""
+class BuiltInTemplate:
+    """What message and round templates share."""
 
     name: str
-    specials: tuple[Special, ...]  # all that chats need; plain text has BOS and EOS besides
-    render_message: RenderMessage = field(repr=False)
+    specials: tuple[Special, ...]
     opening: tuple[Special, ...] = ()  # before the first message
+
+    @property
+    def opens_with_bos(self) -> bool:
+        return BOS in self.opening
+
+    @property
+    def content_hash(self) -> str:
+        """A hash of how a session of every kind comes out."""
+        return hashlib.sha256(repr([self._probed(probe) for probe in _PROBES]).encode()).hexdigest()
+
+    def documents(self, session: Session) -> list[Document]:
+        return [Document(segments=self.render(session))]
 
     def render(self, session: Session) -> tuple[Segment, ...]:
         """The segments of a session; joined they are its whole rendering."""
         if session.plain:
-            return _render_plain(session)
+            return render_plain(session)
+        refuse_unwritten(session, self.name)
+        return _with_opening(self.opening, self.write(session))
+
+    def write(self, session: Session) -> list[Segment]:
+        """The segments of a chat, without the opening."""
+        raise NotImplementedError
+
+    def _probed(self, probe: Session) -> object:
+        try:
+            return self.render(probe)
+        except SessionError as error:
+            return str(error)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Template(BuiltInTemplate):
+    """Writes message by message."""
+
+    render_message: RenderMessage = field(repr=False)
+
+    def write(self, session: Session) -> list[Segment]:
         segments: list[Segment] = []
         leading = True
         for message, following in zip(session.messages, (*session.messages[1:], None), strict=True):
             leading = leading and message.role == "system"
-            segments += _segments(self.render_message(message, following), leading=leading)
-        return _with_opening(self.opening, segments)
-
-    @property
-    def content_hash(self) -> str:
-        """Equal for templates that write alike: a hash of how a session of every kind comes out."""
-        segments = [self.render(session) for session in _PROBES]
-        return hashlib.sha256(repr(segments).encode()).hexdigest()
+            segments += group_parts(self.render_message(message, following), leading=leading)
+        return segments
 
 
 def rendering_text(segments: tuple[Segment, ...]) -> str:
@@ -92,7 +148,7 @@ def rendering_text(segments: tuple[Segment, ...]) -> str:
     )
 
 
-def _segments(parts: list[tuple[Part, bool]], *, leading: bool) -> list[Segment]:
+def group_parts(parts: MessageParts, *, leading: bool) -> list[Segment]:
     """Group one message's parts into segments.
 
     [("a", True), ("b", False), ("c", True), (EOS, True)] becomes TARGET_BEGIN a, CONTEXT b,
@@ -117,6 +173,55 @@ def _segments(parts: list[tuple[Part, bool]], *, leading: bool) -> list[Segment]
     return segments
 
 
+def render_plain(session: Session) -> tuple[Segment, ...]:
+    """Pre-training text, in any template."""
+    (message,) = session.messages
+    return (
+        Segment(kind=CONTEXT, parts=(BOS,), starts_message=True),
+        *group_parts(closed_runs(message.runs(), EOS), leading=False),
+    )
+
+
+def closed_runs(runs: list[tuple[str, bool]], closing: Special) -> MessageParts:
+    """An answer's runs and the token that closes it."""
+    return [*runs, (closing, runs[-1][1])]
+
+
+def stripped_runs(message: Message) -> list[tuple[str, bool]]:
+    """The runs of a message without white space at its head and end; at least one, if empty."""
+    text = message.content
+    first, last = len(text) - len(text.lstrip()), len(text.rstrip())
+    runs = []
+    done = 0
+    for run, trained in message.runs():
+        start, done = done, done + len(run)
+        kept = text[max(start, first) : min(done, last)]
+        if kept:
+            runs.append((kept, trained))
+    return runs or [("", message.is_answer)]
+
+
+def refuse_unwritten(session: Session, template: str) -> None:
+    """Raise SessionError for what only a chat template of Hugging Face's kind can write."""
+    found = []
+    if session.tools:
+        found.append(("tools", session.location))
+    if session.template_variables:
+        found.append(("chat_template_kwargs", session.location))
+    for number, message in enumerate(session.messages, start=1):
+        where = f"{session.location}: message {number}"
+        if message.tool_calls:
+            found.append(("tool_calls", where))
+        if message.reasoning:
+            found.append(("reasoning_content", where))
+    for key, where in found:
+        raise SessionError(
+            f"{where}: {key!r} is not written by template {template!r}; pass --chat-template "
+            "tokenizer (or a file) for a template that does, or put it into the messages' content",
+            reason=key.replace("_", "-"),
+        )
+
+
 def _with_opening(opening: tuple[Special, ...], segments: list[Segment]) -> tuple[Segment, ...]:
     if not opening:
         return tuple(segments)
@@ -127,54 +232,6 @@ def _with_opening(opening: tuple[Special, ...], segments: list[Segment]) -> tupl
         kind=CONTEXT, parts=(*opening, *first.parts), starts_message=True, leading_system=True
     )
     return (head, *segments[1:])
-
-
-def _render_plain(session: Session) -> tuple[Segment, ...]:
-    (message,) = session.messages
-    return (
-        Segment(kind=CONTEXT, parts=(BOS,), starts_message=True),
-        *_segments(_answer(message, EOS), leading=False),
-    )
-
-
-def _answer(message: Message, closing: Special) -> list[tuple[Part, bool]]:
-    runs: list[tuple[Part, bool]] = list(message.runs())
-    return [*runs, (closing, runs[-1][1])]
-
-
-def _firefly_message(message: Message, following: Message | None) -> list[tuple[Part, bool]]:
-    if message.role == "assistant":
-        return _answer(message, EOS)
-    if following is not None and following.role != "assistant":
-        return [(message.content + "\n", False)]
-    return [(message.content, False), (EOS, False)]
-
-
-def _chatml_message(message: Message, _following: Message | None) -> list[tuple[Part, bool]]:
-    return [
-        (IM_START, False),
-        (message.role + "\n", False),
-        *_answer(message, IM_END),
-        ("\n", False),
-    ]
-
-
-TEMPLATES: dict[str, Template] = {
-    template.name: template
-    for template in (
-        Template(
-            name="firefly",
-            specials=(BOS, EOS),
-            opening=(BOS,),
-            render_message=_firefly_message,
-        ),
-        Template(
-            name="chatml",
-            specials=(IM_START, IM_END),
-            render_message=_chatml_message,
-        ),
-    )
-}
 
 
 def _probe(*messages: Message, plain: bool = False) -> Session:
@@ -192,6 +249,14 @@ _PROBES = (
         Message(role="assistant", content="ef", masked=((1, 2),)),
         Message(role="user", content="w"),
     ),
+    _probe(
+        Message(role="system", content="s "),
+        Message(role="user", content=" u"),
+        Message(role="assistant", content=" abc ", masked=((2, 3),)),
+        Message(role="user", content="v"),
+        Message(role="assistant", content="d"),
+    ),
+    _probe(Message(role="user", content="u"), Message(role="assistant", content="a")),
     _probe(Message(role="assistant", content="a"), Message(role="user", content="u")),
     _probe(Message(role="assistant", content="p"), plain=True),
 )

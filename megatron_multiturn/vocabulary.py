@@ -9,12 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from megatron_multiturn.control_tokens import ControlToken
 from megatron_multiturn.errors import ConfigError
-
-TextRun = tuple[str, bool]  # the text, and whether it goes on in the middle of a text
-
-# Texts that a tokenizer hardly joins with what follows, to be encoded first and cut off again.
-_GUARDS = ("\n", "\u2603", "|")
 
 
 class Vocabulary(Protocol):
@@ -28,6 +24,12 @@ class Vocabulary(Protocol):
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, with no special token added and none read out of the text."""
 
+    def encode_with_ends(self, text: str) -> tuple[list[int], list[int]] | None:
+        """The ids of a text, and behind which character each token ends; None if not known.
+
+        A token that holds only a part of a character ends behind it.
+        """
+
     def decode(self, ids: Sequence[list[int]]) -> list[str]:
         """The text of each list of ids."""
 
@@ -36,6 +38,12 @@ class Vocabulary(Protocol):
 
     def literal_of(self, token_id: int) -> str:
         """How a special token is written."""
+
+    def control_tokens(self) -> list[ControlToken]:
+        """The tokens that stand for no text, and those that were added to the vocabulary."""
+
+    def named_tokens(self) -> dict[str, str]:
+        """How `bos_token`, `eos_token` and the like are written; "" for a BOS that is not there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +75,22 @@ class SentencePieceVocabulary:
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         return self._processor.encode(list(texts), num_threads=1)
 
+    def encode_with_ends(self, text: str) -> tuple[list[int], list[int]] | None:
+        pieces = self._processor.encode(text, return_type="proto").pieces
+        # The library counts bytes.
+        last_bytes = [
+            index
+            for index, character in enumerate(text)
+            for _ in range(len(character.encode("utf-8", "surrogatepass")))
+        ]
+        ends: list[int] = []
+        for piece in reversed(pieces):
+            if piece.begin == piece.end and ends:  # a byte of a character that ends later
+                ends.append(ends[-1])
+            else:
+                ends.append(last_bytes[piece.end - 1] + 1 if piece.end else 0)
+        return [piece.id for piece in pieces], ends[::-1]
+
     def decode(self, ids: Sequence[list[int]]) -> list[str]:
         return self._processor.decode(list(ids), num_threads=1)
 
@@ -81,6 +105,26 @@ class SentencePieceVocabulary:
             if added_id == token_id:
                 return token
         return self._processor.id_to_piece(token_id)
+
+    def control_tokens(self) -> list[ControlToken]:
+        below = self._processor
+        literals = [
+            below.id_to_piece(index)
+            for index in range(below.vocab_size())
+            if below.is_control(index) or below.is_unknown(index)
+        ]
+        return [
+            ControlToken(literal=literal, special=True)
+            for literal in dict.fromkeys([*literals, *self._added])
+        ]
+
+    def named_tokens(self) -> dict[str, str]:
+        named = {"bos_token": self.bos_id, "eos_token": self.eos_id, "unk_token": self.unknown_id}
+        return {"bos_token": ""} | {
+            name: self.literal_of(token_id)
+            for name, token_id in named.items()
+            if token_id is not None
+        }
 
     def _own_or(self, name: str, wrapper: Any, otherwise: int) -> int | None:
         token = getattr(wrapper, name, None)
@@ -117,6 +161,13 @@ class HuggingFaceVocabulary:
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
+    def encode_with_ends(self, text: str) -> tuple[list[int], list[int]] | None:
+        if self._backend is None:
+            return None
+        self._backend.encode_special_tokens = True
+        (encoding,) = self._backend.encode_batch([text], add_special_tokens=False)
+        return encoding.ids, [stop for _, stop in encoding.offsets]
+
     def decode(self, ids: Sequence[list[int]]) -> list[str]:
         if self._backend is not None:
             return self._backend.decode_batch(list(ids), skip_special_tokens=False)
@@ -128,60 +179,24 @@ class HuggingFaceVocabulary:
     def literal_of(self, token_id: int) -> str:
         return self._tokenizer.convert_ids_to_tokens(token_id)
 
+    def control_tokens(self) -> list[ControlToken]:
+        added = {token.content: token for token in self._tokenizer.added_tokens_decoder.values()}
+        special = set(self._tokenizer.all_special_tokens)
+        return [
+            ControlToken(
+                literal=literal,
+                special=literal in special or added[literal].special,
+                strips_left=literal in added and added[literal].lstrip,
+                strips_right=literal in added and added[literal].rstrip,
+            )
+            for literal in dict.fromkeys([*added, *sorted(special)])
+        ]
 
-class RunEncoder:
-    """Encodes runs that begin a text and runs that go on in one alike to the whole text.
-
-    SentencePiece puts a space before every text. A run that goes on in the middle of a text must
-    not get it, so it is encoded behind a guard, which is cut off again.
-    """
-
-    def __init__(self, vocabulary: Vocabulary) -> None:
-        self._vocabulary = vocabulary
-        self._guard = ""
-        self._guard_ids: list[int] = []
-        for guard in _GUARDS:
-            alone, joined, free = vocabulary.encode([guard, guard + "a", "a"])
-            if alone and joined[: len(alone)] == alone:
-                if joined[len(alone) :] != free:
-                    self._guard, self._guard_ids = guard, alone
-                return
-
-    def encode(self, runs: Sequence[TextRun]) -> list[list[int]]:
-        """The ids of each run."""
-        encoded = self._vocabulary.encode([self._guarded(run) for run in runs])
-        head = len(self._guard_ids)
-        if not head:
-            return encoded
-        for index, (text, goes_on) in enumerate(runs):
-            if not goes_on:
-                continue
-            if encoded[index][:head] == self._guard_ids:
-                encoded[index] = encoded[index][head:]
-            else:  # joined with the guard after all
-                (encoded[index],) = self._vocabulary.encode([text])
-        return encoded
-
-    def find_lossy(self, runs: Sequence[TextRun], encoded: Sequence[list[int]]) -> set[int]:
-        """The numbers of the runs that do not decode to their text.
-
-        encoded: the ids of each run, from `encode`.
-        """
-        decoded = self._vocabulary.decode(
-            [
-                self._guard_ids + ids if goes_on and self._guard_ids else ids
-                for (_, goes_on), ids in zip(runs, encoded, strict=True)
-            ]
-        )
-        return {
-            index
-            for index, (run, text) in enumerate(zip(runs, decoded, strict=True))
-            if self._guarded(run) != text
+    def named_tokens(self) -> dict[str, str]:
+        named = self._tokenizer.special_tokens_map
+        return {"bos_token": ""} | {
+            name: str(token) for name, token in named.items() if isinstance(token, str)
         }
-
-    def _guarded(self, run: TextRun) -> str:
-        text, goes_on = run
-        return self._guard + text if goes_on else text
 
 
 def open_vocabulary(tokenizer: Any) -> Vocabulary:

@@ -20,7 +20,7 @@ from megatron_multiturn.errors import ConfigError, SessionError
 from megatron_multiturn.messages import Message
 from megatron_multiturn.modes import LEADING_SYSTEM, MESSAGE_START, TARGET_BEGIN, TARGET_CONTINUE
 from megatron_multiturn.sessions import Session, read_sessions
-from megatron_multiturn.templates import TEMPLATES
+from megatron_multiturn.template_families import TEMPLATES
 from megatron_multiturn.vocabulary import open_vocabulary, tokenizer_fingerprint
 
 SP_TYPES = ["SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer"]

@@ -14,6 +14,7 @@ from drawn_sessions import draw, segment_index, session_lengths
 
 from megatron_multiturn import inspection
 from megatron_multiturn.averages import LOSS_AVERAGES
+from megatron_multiturn.control_tokens import ControlToken
 from megatron_multiturn.dataset_statistics import DatasetTurns, dataset_turns, loss_shares
 from megatron_multiturn.decoding import RunDecoder
 from megatron_multiturn.encoding import EncodedSession
@@ -42,6 +43,15 @@ class ByteVocabulary:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [list(text.encode()) for text in texts]
+
+    def encode_with_ends(self, text: str) -> tuple[list[int], list[int]] | None:
+        raise NotImplementedError
+
+    def control_tokens(self) -> list[ControlToken]:
+        raise NotImplementedError
+
+    def named_tokens(self) -> dict[str, str]:
+        raise NotImplementedError
 
     def decode(self, ids: Sequence[list[int]]) -> list[str]:
         return [bytes(each).decode(errors="replace") for each in ids]

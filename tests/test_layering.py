@@ -17,7 +17,10 @@ ORDER = (
     # raw sessions -> dataset on disk
     *("input_files", "parquet_records", "records"),
     *("messages", "fields", "tool_fields", "entries", "chat_formats", "question_formats"),
-    *("sessions", "supervision", "templates", "vocabulary", "encoding"),
+    *("sessions", "supervision", "templates", "round_templates"),
+    *("template_families", "control_tokens", "turn_spans", "template_input", "sandbox"),
+    *("rendered_session", "jinja_templates", "vocabulary", "run_encoder"),
+    *("outlines", "encoding"),
     *("index_file", "manifest", "session_writer"),
     # dataset -> rows -> training
     *("shared_files", "object_storage", "row_pieces", "token_reader", "store"),
@@ -30,7 +33,7 @@ ORDER = (
     # commands
     *("selfcheck_flags", "selfcheck_hooks", "selfcheck_ranks", "selfcheck_report"),
     *("selfcheck_reference", "selfcheck_job", "selfcheck"),
-    *("tokenizer_flags", "pipeline", "preprocess"),
+    *("tokenizer_flags", "template_flags", "pipeline", "preprocess"),
     *("decoding", "row_view", "dataset_statistics", "inspection"),
     *("demo_corpus", "demo_report", "demo"),
 )
@@ -38,7 +41,9 @@ ORDER = (
 PURE = (
     *("errors", "modes", "input_files", "parquet_records", "records"),
     *("messages", "fields", "tool_fields", "entries", "chat_formats", "question_formats"),
-    *("sessions", "supervision", "templates"),
+    *("sessions", "supervision", "templates", "round_templates"),
+    *("template_families", "control_tokens", "turn_spans", "template_input", "sandbox"),
+    *("rendered_session", "jinja_templates"),
     *("row_pieces", "targets", "cutting", "windows", "packing", "averages", "samples"),
     *("batches", "balance", "blends"),
 )

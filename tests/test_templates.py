@@ -8,16 +8,8 @@ from session_fixtures import make_session
 from megatron_multiturn.messages import Message
 from megatron_multiturn.modes import CONTEXT, TARGET_BEGIN, TARGET_CONTINUE
 from megatron_multiturn.sessions import Session
-from megatron_multiturn.templates import (
-    BOS,
-    EOS,
-    IM_END,
-    IM_START,
-    TEMPLATES,
-    Part,
-    Segment,
-    rendering_text,
-)
+from megatron_multiturn.template_families import IM_END, IM_START, TEMPLATES
+from megatron_multiturn.templates import BOS, EOS, Part, Segment, Template, rendering_text
 
 FIREFLY = TEMPLATES["firefly"]
 CHATML = TEMPLATES["chatml"]
@@ -149,7 +141,7 @@ def test_chatml(given: Session, expected: list[Segment]) -> None:
 
 def test_system_messages_lead_only_at_the_head() -> None:
     given = session(("system", "a"), ("system", "b"), answer("t"), ("system", "c"), answer("t"))
-    for template in TEMPLATES.values():
+    for template in (FIREFLY, CHATML, TEMPLATES["llama3"], TEMPLATES["plain"]):
         leading = [s.leading_system for s in template.render(given) if s.starts_message]
         assert leading[:3] == [True, True, False] or leading == [True, True, False]
         assert sum(leading) == 2
@@ -177,17 +169,19 @@ def test_special_tokens_spelt_in_text_stay_text() -> None:
     given = session(("user", "<|im_end|></s>"), answer("<s>"))
     for template in TEMPLATES.values():
         texts = [p for s in template.render(given) for p in s.parts if isinstance(p, str)]
-        assert "<|im_end|></s>" in texts
-        assert "<s>" in texts
+        assert any("<|im_end|></s>" in text for text in texts)
+        assert any("<s>" in text for text in texts)
 
 
 def test_the_content_hash_follows_the_rendering() -> None:
+    chatml = CHATML
+    assert isinstance(chatml, Template)
     hashes = {template.content_hash for template in TEMPLATES.values()}
     assert len(hashes) == len(TEMPLATES)
     assert replace(CHATML).content_hash == CHATML.content_hash
     assert replace(CHATML, opening=(BOS,)).content_hash != CHATML.content_hash
 
     def without_newline(message: Message, following: Message | None) -> list[tuple[Part, bool]]:
-        return CHATML.render_message(message, following)[:-1]
+        return chatml.render_message(message, following)[:-1]
 
-    assert replace(CHATML, render_message=without_newline).content_hash != CHATML.content_hash
+    assert replace(chatml, render_message=without_newline).content_hash != CHATML.content_hash
