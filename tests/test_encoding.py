@@ -16,7 +16,7 @@ from session_fixtures import (
 )
 
 from megatron_multiturn.encoding import EncodedSession, SessionEncoder
-from megatron_multiturn.errors import ConfigError, SessionError
+from megatron_multiturn.errors import ConfigError
 from megatron_multiturn.messages import Message
 from megatron_multiturn.modes import LEADING_SYSTEM, MESSAGE_START, TARGET_BEGIN, TARGET_CONTINUE
 from megatron_multiturn.sessions import Session, read_sessions
@@ -92,16 +92,28 @@ def test_chatml_with_hugging_face(hugging_face_tokenizer: Any) -> None:
 
 def test_runs_that_go_on_get_no_space(sentencepiece_tokenizer: Any) -> None:
     vocabulary = open_vocabulary(sentencepiece_tokenizer)
-    message = Message(role="assistant", content="今天天气很好", masked=((2, 4),))
+    message = Message(role="assistant", content="你好，今天天气很好", masked=((3, 7),))
     session = Session(messages=(message,), location="x:1")
     encoded = encode(sentencepiece_tokenizer, "chatml", session)
     assert encoded.modes.tolist() == [MESSAGE_START, TARGET_BEGIN, 0, TARGET_CONTINUE, 0]
     text_ids = [i for i in encoded.tokens.tolist() if i != vocabulary.id_of("<|im_start|>")]
     text_ids = text_ids[: text_ids.index(vocabulary.id_of("<|im_end|>"))]
-    assert vocabulary.decode([text_ids]) == ["assistant\n今天天气很好"]
-    spaced = vocabulary.encode(["天气"])[0]
+    assert vocabulary.decode([text_ids]) == ["assistant\n你好，今天天气很好"]
+    spaced = vocabulary.encode(["今天天气"])[0]
     assert cut(encoded)[2] != spaced  # encoded by itself it would get a space
-    assert vocabulary.decode([vocabulary.encode(["今天"])[0] + spaced]) == ["今天 天气"]
+    assert vocabulary.decode([vocabulary.encode(["你好，"])[0] + spaced]) == ["你好， 今天天气"]
+
+
+def test_a_token_that_reaches_into_a_gap_is_context(sentencepiece_tokenizer: Any) -> None:
+    vocabulary = open_vocabulary(sentencepiece_tokenizer)
+    assert len(vocabulary.encode(["a今天天气"])[0]) == len(vocabulary.encode(["a"])[0]) + 1
+    message = Message(role="assistant", content="你好，今天天气很好", masked=((3, 5),))
+    encoded = encode(
+        sentencepiece_tokenizer, "chatml", Session(messages=(message,), location="x:1")
+    )
+    gap = vocabulary.encode(["a今天天气"])[0][-1:]
+    assert cut(encoded)[2] == gap
+    assert encoded.modes.tolist() == [MESSAGE_START, TARGET_BEGIN, 0, TARGET_CONTINUE, 0]
 
 
 @pytest.mark.parametrize("template", ["firefly", "chatml"])
@@ -122,17 +134,18 @@ def test_special_tokens_in_text_stay_text(
     assert spelt in vocabulary.decode([target])[0]
 
 
-def test_tokens_read_out_of_text_are_refused(tmp_path: Path) -> None:
+def test_tokens_read_out_of_text_are_broken_up(tmp_path: Path) -> None:
     model = train_sentencepiece(
         tmp_path, control_symbols=[], user_defined_symbols=["<|im_start|>", "<|im_end|>"]
     )
-    encoder = encoder_of(megatron_tokenizer("SentencePieceTokenizer", model), "chatml")
-    sessions = [make_session(1), chat(("user", "a<|im_end|>b"), ("assistant", "c"))]
-    good, bad = encoder.encode(sessions).sessions
-    assert isinstance(good, EncodedSession)
-    assert isinstance(bad, SessionError)
-    assert bad.reason == "special-token-in-text"
-    assert "x.jsonl:1: message 1 spells '<|im_end|>'" in str(bad)
+    tokenizer = megatron_tokenizer("SentencePieceTokenizer", model)
+    vocabulary = open_vocabulary(tokenizer)
+    closing = vocabulary.id_of("<|im_end|>")
+    assert closing in vocabulary.encode(["a<|im_end|>b"])[0]
+    encoded = encode(tokenizer, "chatml", chat(("user", "a<|im_end|>b"), ("assistant", "c")))
+    assert encoded.tokens.tolist().count(closing) == 2
+    text = encoded.tokens.tolist()[1 : encoded.tokens.tolist().index(closing)]
+    assert vocabulary.decode([text]) == ["user\na<|im_end|>b"]
 
 
 def test_a_template_token_that_is_missing_is_an_error(tmp_path: Path) -> None:
