@@ -49,7 +49,7 @@ class Outline:
     def lefts(self) -> list[bool]:
         """For each edge between joined runs, whether a token across it belongs to the left run.
 
-        An answer takes it from its context; what is masked inside an answer takes it from the answer.
+        An answer takes it from its context; what is masked inside an answer, from the answer.
         """
         kinds: list[tuple[int, bool]] = []  # of each run: its kind, and whether it is such a gap
         for index, (mode, parts) in enumerate(self.segments):

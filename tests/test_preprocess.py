@@ -263,6 +263,8 @@ class Characters:
         return ["".join(map(chr, one)) for one in ids]
     def literal_of(self, token_id):
         return chr(0x100000 + token_id)
+    def control_tokens(self):
+        return []
 
 class SlowWork(pipeline._Work):
     def encode_chunk(self, chunk):
