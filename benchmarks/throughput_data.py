@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from session_lengths import split_by_turn
 
-from megatron_multiturn.encoding import EncodedSession
+from megatron_multiturn.encoding import EncodedSession, join_encoded
 from megatron_multiturn.manifest import TemplateIdentity
 from megatron_multiturn.modes import CONTEXT
 from megatron_multiturn.packing import pack
@@ -66,20 +66,18 @@ def write_datasets(
     )
     with _writer(made.sessions, vocab_size) as whole, _writer(made.split, vocab_size) as split:
         for session in sessions:
-            whole.add(session)
-            for sample in split_by_turn(session):
-                split.add(sample)
+            whole.add(join_encoded([session]))
+            split.add(join_encoded(list(split_by_turn(session))))
     rng = np.random.default_rng([seed, 1])
     length = _STOCK_ROWS_PER_DOCUMENT * stock_row_length
     with _writer(made.stock, vocab_size) as stock:
         for _ in range(-(-num_stock_rows // _STOCK_ROWS_PER_DOCUMENT) + 1):
-            stock.add(
-                EncodedSession(
-                    tokens=rng.integers(0, vocab_size, length, dtype=np.int32),
-                    segment_lengths=np.array([length], dtype=np.int32),
-                    modes=np.array([CONTEXT], dtype=np.int8),
-                )
+            document = EncodedSession(
+                tokens=rng.integers(0, vocab_size, length, dtype=np.int32),
+                segment_lengths=np.array([length], dtype=np.int32),
+                modes=np.array([CONTEXT], dtype=np.int8),
             )
+            stock.add(join_encoded([document]))
     return made
 
 

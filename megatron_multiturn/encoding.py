@@ -11,11 +11,13 @@ Text that spells a control token stays text. Tokenizers that read some of them o
 are given it in two pieces there.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import DTypeLike, NDArray
 
 from megatron_multiturn.control_tokens import ControlLiterals, ControlToken
 from megatron_multiturn.errors import ConfigError, SessionError
@@ -25,7 +27,13 @@ from megatron_multiturn.sessions import Session
 from megatron_multiturn.templates import BOS, EOS, ChatTemplate, Special
 from megatron_multiturn.vocabulary import Vocabulary
 
-__all__ = ["LITERAL_CONTROL_TOKENS", "EncodedBatch", "EncodedSession", "SessionEncoder"]
+__all__ = [
+    "LITERAL_CONTROL_TOKENS",
+    "EncodedBatch",
+    "EncodedSession",
+    "SessionEncoder",
+    "join_encoded",
+]
 
 _EDGE_CACHE_SIZE = 1 << 16
 
@@ -34,15 +42,61 @@ LITERAL_CONTROL_TOKENS = ("escape", "error")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodedBatch:
-    """What became of a batch of sessions."""
+    """What became of a batch of sessions; all arrays are of the sessions one after another."""
 
-    sessions: list[EncodedSession | SessionError]  # in the order given, documents of one adjacent
-    sources: list[int]  # for each of them, the number of the session given
-    num_unknown_tokens: int  # text that the vocabulary cannot write
-    num_lossy_sessions: int  # some run does not decode to its text
-    num_recut_sessions: int  # some token lies across an edge
-    num_open_turns: int  # whose end is text, so that nothing says that the answer is over
-    num_rewritten_sessions: int  # their template rewrites history
+    tokens: NDArray[np.int32]  # (num_tokens,)
+    segment_lengths: NDArray[np.int32]  # (num_segments,), none is 0
+    modes: NDArray[np.int8]  # (num_segments,)
+    first_segments: NDArray[np.int64]  # (num_sessions + 1,), from 0
+    # (num_sessions,): which of the given sessions each came from, ascending; one can become several
+    # documents, or none.
+    sources: NDArray[np.int32]
+    errors: list[tuple[int, SessionError]]  # (source, why it could not be encoded), ascending
+    # num_unknown_tokens: text that the vocabulary cannot write
+    # num_lossy_sessions: some run does not decode to its text
+    # num_recut_sessions: some token lies across an edge
+    # num_open_turns: whose end is text, so that nothing says that the answer is over
+    # num_rewritten_sessions: their template rewrites history
+    totals: Counter[str]
+
+    @property
+    def num_sessions(self) -> int:
+        return len(self.sources)
+
+    def session(self, index: int) -> EncodedSession:
+        """Session `index` of the batch; a view."""
+        start, stop = self.first_segments[index : index + 2].tolist()
+        first_token = int(self.segment_lengths[:start].sum())
+        lengths = self.segment_lengths[start:stop]
+        return EncodedSession(
+            tokens=self.tokens[first_token : first_token + int(lengths.sum())],
+            segment_lengths=lengths,
+            modes=self.modes[start:stop],
+        )
+
+
+def join_encoded(
+    sessions: Sequence[EncodedSession],
+    *,
+    sources: Sequence[int] | None = None,
+    errors: Sequence[tuple[int, SessionError]] = (),
+    totals: Mapping[str, int] | None = None,
+) -> EncodedBatch:
+    """A batch of sessions that are encoded already; without `sources`, each is a source."""
+    ends = np.cumsum([len(session.modes) for session in sessions], dtype=np.int64)
+    return EncodedBatch(
+        tokens=_concatenate([session.tokens for session in sessions], np.int32),
+        segment_lengths=_concatenate([session.segment_lengths for session in sessions], np.int32),
+        modes=_concatenate([session.modes for session in sessions], np.int8),
+        first_segments=np.concatenate([np.zeros(1, dtype=np.int64), ends]),
+        sources=np.array(range(len(sessions)) if sources is None else sources, dtype=np.int32),
+        errors=list(errors),
+        totals=Counter(totals),
+    )
+
+
+def _concatenate(arrays: Sequence[NDArray[Any]], dtype: DTypeLike) -> NDArray[Any]:
+    return np.concatenate([np.zeros(0, dtype=dtype), *arrays]).astype(dtype, copy=False)
 
 
 class SessionEncoder:
@@ -77,7 +131,7 @@ class SessionEncoder:
         return self._ids[BOS] is None and self._template.opens_with_bos
 
     def encode(self, sessions: Sequence[Session]) -> EncodedBatch:
-        """Encode a batch; a session that cannot be encoded comes back as its SessionError."""
+        """Encode a batch; a session that cannot be encoded is among its errors."""
         numbers: dict[TextRun, int] = {}  # templates write the same runs time and again
         outlines: list[Outline | SessionError] = []
         sources: list[int] = []
@@ -104,19 +158,28 @@ class SessionEncoder:
         lossy = self._run_encoder.find_lossy(runs, encoded)
         recut = self._find_recut({edge for outline in kept for edge in outline.edges})
         unknown = self._vocabulary.unknown_id
-        return EncodedBatch(
-            sessions=[self._finish(outline, runs, encoded, recut) for outline in outlines],
-            sources=sources,
-            num_unknown_tokens=(
+        finished_sessions: list[EncodedSession] = []
+        kept_sources: list[int] = []
+        errors: list[tuple[int, SessionError]] = []
+        for source, outline in zip(sources, outlines, strict=True):
+            finished = self._finish(outline, runs, encoded, recut)
+            if isinstance(finished, SessionError):
+                errors.append((source, finished))
+            else:
+                finished_sessions.append(finished)
+                kept_sources.append(source)
+        totals = {
+            "num_unknown_tokens": (
                 0
                 if unknown is None
                 else sum(encoded[i].count(unknown) for o in kept for i in o.runs)
             ),
-            num_lossy_sessions=sum(not lossy.isdisjoint(outline.runs) for outline in kept),
-            num_recut_sessions=sum(not recut.isdisjoint(outline.edges) for outline in kept),
-            num_open_turns=num_open_turns,
-            num_rewritten_sessions=num_rewritten,
-        )
+            "num_lossy_sessions": sum(not lossy.isdisjoint(outline.runs) for outline in kept),
+            "num_recut_sessions": sum(not recut.isdisjoint(outline.edges) for outline in kept),
+            "num_open_turns": num_open_turns,
+            "num_rewritten_sessions": num_rewritten,
+        }
+        return join_encoded(finished_sessions, sources=kept_sources, errors=errors, totals=totals)
 
     def _finish(
         self,

@@ -49,7 +49,11 @@ class Outline:
     def lefts(self) -> list[bool]:
         """For each edge between joined runs, whether a token across it belongs to the left run.
 
+<<<<<<< HEAD
         An answer takes it from its context; a masked gap takes it from its answer.
+=======
+        An answer takes it from its context; what is masked inside an answer, from the answer.
+>>>>>>> cb382436dc230a3e7c7fc4398da2de9a8189591e
         """
         kinds: list[tuple[int, bool]] = []  # of each run: its kind, and whether it is such a gap
         for index, (mode, parts) in enumerate(self.segments):

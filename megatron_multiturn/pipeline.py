@@ -20,7 +20,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from megatron_multiturn.encoding import EncodedSession, SessionEncoder
+from megatron_multiturn.encoding import EncodedBatch, SessionEncoder
 from megatron_multiturn.errors import ConfigError, MultiTurnError, SessionError
 from megatron_multiturn.input_files import decoded_bytes
 from megatron_multiturn.manifest import Counts, TemplateIdentity, describe_input
@@ -87,13 +87,9 @@ class _Rejected:
 class _Encoded:
     """A chunk, encoded."""
 
-    sessions: list[EncodedSession]
+    batch: EncodedBatch
+    locations: list[str]  # of the sessions of the batch
     rejected: list[_Rejected]  # in input order
-    num_unknown_tokens: int
-    num_lossy_sessions: int
-    num_recut_sessions: int
-    num_open_turns: int
-    num_rewritten_sessions: int
     num_bytes: int
 
 
@@ -129,10 +125,8 @@ def preprocess_sessions(
                 first_error = first_error or bad.error
                 rejected[bad.error.reason] += 1
                 rejected_file.write(_rejected_line(bad))
-            for session in chunk.sessions:
-                writer.add(session)
-            for name in _TOTALS:
-                totals[name] += getattr(chunk, name)
+            writer.add(chunk.batch, chunk.locations)
+            totals.update(chunk.batch.totals)
         if not writer.counts.sessions:
             raise ConfigError(
                 f"all {rejected.total():,} sessions were rejected, so there is nothing to write; "
@@ -216,7 +210,7 @@ def _encode_all(job: Job, encoder: SessionEncoder) -> Generator[_Encoded]:
         num_sessions = 0
         for chunk in encoded:
             yield chunk
-            num_sessions += len(chunk.sessions)
+            num_sessions += chunk.batch.num_sessions
             bar.set_postfix_str(f"{num_sessions:,} sessions", refresh=False)
             bar.update(chunk.num_bytes)
 
@@ -283,23 +277,14 @@ class _Work:
             except SessionError as error:
                 errors[number] = error
         batch = self.encoder.encode(sessions)
-        kept = []
-        for source, outcome in zip(batch.sources, batch.sessions, strict=True):
-            if isinstance(outcome, SessionError):
-                errors[parsed[source]] = outcome
-            else:
-                kept.append(outcome)
+        errors |= {parsed[source]: error for source, error in batch.errors}
         return _Encoded(
-            sessions=kept,
+            batch=batch,
+            locations=[sessions[source].location for source in batch.sources.tolist()],
             rejected=[
                 _Rejected(record=chunk.records[number], error=errors[number])
                 for number in sorted(errors)
             ],
-            num_unknown_tokens=batch.num_unknown_tokens,
-            num_lossy_sessions=batch.num_lossy_sessions,
-            num_recut_sessions=batch.num_recut_sessions,
-            num_open_turns=batch.num_open_turns,
-            num_rewritten_sessions=batch.num_rewritten_sessions,
             num_bytes=chunk.num_bytes,
         )
 

@@ -9,10 +9,11 @@ from types import TracebackType
 from typing import BinaryIO, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_multiturn import modes as mode_bits
 from megatron_multiturn._version import __version__
-from megatron_multiturn.encoding import EncodedSession
+from megatron_multiturn.encoding import EncodedBatch
 from megatron_multiturn.errors import ConfigError, DatasetError
 from megatron_multiturn.index_file import smallest_token_dtype, write_index
 from megatron_multiturn.manifest import (
@@ -36,7 +37,7 @@ class SessionWriter:
     """Writes a dataset; it appears when the `with` block ends well, and not otherwise.
 
         with SessionWriter(prefix, tokenizer=identity, template=template) as writer:
-            writer.add(encoded_session)
+            writer.add(encoder.encode(sessions))
 
     The three files lie under temporary names until then. A process killed in between leaves
     those behind, never a manifest.
@@ -95,19 +96,31 @@ class SessionWriter:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(path)
 
-    def add(self, session: EncodedSession) -> None:
-        """Append a session; DatasetError if it is malformed or has an id beyond the vocabulary."""
-        tokens = session.tokens
-        where = session.location or f"session {len(self._first_segments) - 1}"
-        self._check(session, where)
-        self._bin.write(tokens.astype(self._dtype).tobytes())
-        self._lengths.frombytes(session.segment_lengths.astype(np.int32).tobytes())
-        self._modes.frombytes(session.modes.astype(np.int8).tobytes())
-        self._first_segments.append(len(self._lengths))
-        num_turns, num_target_tokens = count_targets(session)
+    def add(self, batch: EncodedBatch, locations: Sequence[str] | None = None) -> None:
+        """Append the sessions of a batch.
+
+        locations: where each came from, for errors. Raises DatasetError for the first session that
+        is malformed or has an id beyond the vocabulary; nothing of the batch is written then.
+        """
+        check_batch(
+            batch,
+            locations,
+            first_session=len(self._first_segments) - 1,
+            vocab_size=self._tokenizer.vocab_size,
+            num_turn_weights=len(self._turn_weights),
+        )
+        if not batch.num_sessions:
+            return
+        self._bin.write(batch.tokens.astype(self._dtype).tobytes())
+        first = len(self._lengths)
+        self._lengths.frombytes(batch.segment_lengths.astype(np.int32).tobytes())
+        self._modes.frombytes(batch.modes.astype(np.int8).tobytes())
+        ends = batch.first_segments[1:].astype(np.int64) + first
+        self._first_segments.frombytes(ends.tobytes())
+        num_turns, num_target_tokens = count_targets(batch)
         self._num_turns += num_turns
         self._num_target_tokens += num_target_tokens
-        self._num_tokens += len(tokens)
+        self._num_tokens += len(batch.tokens)
 
     def describe(self, *, rejected: Mapping[str, int], inputs: Sequence[InputFile]) -> None:
         """What the manifest shall say about where the sessions came from."""
@@ -125,28 +138,6 @@ class SessionWriter:
             target_tokens=self._num_target_tokens,
             rejected=self._rejected,
         )
-
-    def _check(self, session: EncodedSession, where: str) -> None:
-        tokens, lengths, modes = session.tokens, session.segment_lengths, session.modes
-        if not len(tokens) or len(lengths) != len(modes) or lengths.min() < 1:
-            raise DatasetError(f"{where}: a session needs tokens, and every segment at least one")
-        if int(lengths.sum()) != len(tokens):
-            raise DatasetError(
-                f"{where}: the segments have {int(lengths.sum())} tokens, the session has "
-                f"{len(tokens)}"
-            )
-        lowest, highest = int(tokens.min()), int(tokens.max())
-        vocab_size = self._tokenizer.vocab_size
-        if lowest < 0 or highest >= vocab_size:
-            raise DatasetError(
-                f"{where}: token id {lowest if lowest < 0 else highest} is not in the vocabulary "
-                f"of {vocab_size:,} tokens; the tokenizer's files do not fit together"
-            )
-        weights = (modes[mode_bits.is_target(modes)] >> mode_bits.WEIGHT_SHIFT).max(initial=0)
-        if weights >= len(self._turn_weights):
-            raise DatasetError(
-                f"{where}: turn weight number {weights} of {len(self._turn_weights)} weights"
-            )
 
     def _commit(self) -> None:
         """Make the dataset appear: .bin, .idx, then the manifest."""
@@ -186,19 +177,79 @@ class SessionWriter:
         _sync_folder(Path(self._prefix).parent)
 
 
-def count_targets(session: EncodedSession) -> tuple[int, int]:
-    """(turns, target tokens) of a session.
+def count_targets(batch: EncodedBatch) -> tuple[int, int]:
+    """(turns, target tokens) of the sessions of a batch.
 
-    Its first token is predicted by nothing, so it is no target, and a turn of that token alone is
-    none: tokens [a b], one target segment, has 1 turn and 1 target token.
+    The first token of a session is predicted by nothing, so it is no target, and a turn of that
+    token alone is none: tokens [a b], one target segment, has 1 turn and 1 target token.
     """
-    targets = mode_bits.is_target(session.modes)
-    target_lengths = session.segment_lengths[targets]
-    turn_ids = np.cumsum(mode_bits.begins_turn(session.modes[targets]))
-    if targets[0]:
-        target_lengths = target_lengths.copy()
-        target_lengths[0] -= 1
-    return len(np.unique(turn_ids[target_lengths > 0])), int(target_lengths.sum())
+    targets = mode_bits.is_target(batch.modes)
+    num_targets = batch.segment_lengths.astype(np.int64) * targets
+    opening = batch.first_segments[:-1]
+    num_targets[opening] -= targets[opening]
+    # A turn is its first segment and those that continue it; what continues none, at the head of
+    # a session, begins one.
+    begins = targets & mode_bits.begins_turn(batch.modes)
+    first_targets = np.flatnonzero(targets)
+    session = np.searchsorted(batch.first_segments, first_targets, side="right")
+    begins[first_targets[np.diff(session, prepend=0) != 0]] = True
+    turns = np.cumsum(begins)[targets & (num_targets > 0)]
+    return int(np.count_nonzero(np.diff(turns, prepend=0))), int(num_targets.sum())
+
+
+def check_batch(
+    batch: EncodedBatch,
+    locations: Sequence[str] | None,
+    *,
+    first_session: int,
+    vocab_size: int,
+    num_turn_weights: int,
+) -> None:
+    """Raise DatasetError for the first session that is malformed.
+
+    locations: of each session; without them it is named by its number, from first_session.
+    """
+
+    def where(session: int) -> str:
+        return locations[session] if locations else f"session {first_session + session}"
+
+    lengths, modes, firsts = batch.segment_lengths, batch.modes, batch.first_segments
+    num_segments = np.diff(firsts)
+    if firsts[0] != 0 or firsts[-1] != len(lengths) or len(lengths) != len(modes):
+        raise DatasetError(f"{where(0)}: the batch has {len(lengths)} lengths, {len(modes)} modes")
+    empty = np.flatnonzero(num_segments < 1).tolist()
+    empty += _sessions_of(firsts, np.flatnonzero(lengths < 1))[:1]
+    if empty:
+        raise DatasetError(
+            f"{where(min(empty))}: a session needs tokens, and every segment at least one"
+        )
+    ends = np.cumsum(lengths, dtype=np.int64)
+    num_tokens = int(ends[-1]) if len(ends) else 0
+    if num_tokens != len(batch.tokens):
+        raise DatasetError(
+            f"{where(0)}: the segments from here on have {num_tokens} tokens, the sessions have "
+            f"{len(batch.tokens)}"
+        )
+    if num_tokens and not 0 <= int(batch.tokens.min()) <= int(batch.tokens.max()) < vocab_size:
+        at = int(np.flatnonzero((batch.tokens < 0) | (batch.tokens >= vocab_size))[0])
+        (session,) = _sessions_of(firsts, np.searchsorted(ends, [at], side="right"))
+        raise DatasetError(
+            f"{where(session)}: token id {batch.tokens[at]} is not in the vocabulary of "
+            f"{vocab_size:,} tokens; the tokenizer's files do not fit together"
+        )
+    weights = (modes >> mode_bits.WEIGHT_SHIFT) * mode_bits.is_target(modes)
+    heavy = np.flatnonzero(weights >= num_turn_weights)
+    if len(heavy):
+        (session,) = _sessions_of(firsts, heavy[:1])
+        raise DatasetError(
+            f"{where(session)}: turn weight number {weights[heavy[0]]} of {num_turn_weights} "
+            "weights"
+        )
+
+
+def _sessions_of(first_segments: NDArray[np.int64], segments: NDArray[np.int64]) -> list[int]:
+    """The session that each segment lies in."""
+    return (np.searchsorted(first_segments, segments, side="right") - 1).tolist()
 
 
 def _sync(stream: BinaryIO) -> None:

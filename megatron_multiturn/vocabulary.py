@@ -45,6 +45,12 @@ class Vocabulary(Protocol):
     def named_tokens(self) -> dict[str, str]:
         """How `bos_token`, `eos_token` and the like are written; "" for a BOS that is not there."""
 
+    def serialized(self) -> str | bytes:
+        """The tokenizer as a `tokenizer.json`, or as a SentencePiece model.
+
+        Raises ConfigError if it cannot be written so.
+        """
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizerIdentity:
@@ -126,6 +132,9 @@ class SentencePieceVocabulary:
             if token_id is not None
         }
 
+    def serialized(self) -> str | bytes:
+        return self._processor.serialized_model_proto()
+
     def _own_or(self, name: str, wrapper: Any, otherwise: int) -> int | None:
         token = getattr(wrapper, name, None)
         return self._added[token] if token in self._added else _id_or_none(otherwise)
@@ -197,6 +206,11 @@ class HuggingFaceVocabulary:
         return {"bos_token": ""} | {
             name: str(token) for name, token in named.items() if isinstance(token, str)
         }
+
+    def serialized(self) -> str | bytes:
+        if self._backend is None:
+            raise ConfigError("this tokenizer has no fast variant")
+        return self._backend.to_str()
 
 
 def open_vocabulary(tokenizer: Any) -> Vocabulary:

@@ -14,7 +14,7 @@ from megatron_jobs import train_sentencepiece
 from session_fixtures import megatron_tokenizer
 
 from megatron_multiturn.dataset import MultiTurnDataset, MultiTurnDatasetConfig
-from megatron_multiturn.encoding import EncodedSession
+from megatron_multiturn.encoding import EncodedSession, join_encoded
 from megatron_multiturn.manifest import TemplateIdentity
 from megatron_multiturn.session_writer import SessionWriter
 from megatron_multiturn.vocabulary import tokenizer_fingerprint
@@ -74,7 +74,7 @@ def write_layout_sessions(folder: Path) -> list[str]:
     drawings = [session for row in _ROWS.split("\n") for session in row.split("|") if session]
     with SessionWriter(str(folder / "data"), tokenizer=identity, template=template) as writer:
         for drawing in drawings:
-            writer.add(draw_session(drawing, rng))
+            writer.add(join_encoded([draw_session(drawing, rng)]))
     flags = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(model)]
     return [*flags, "--data-path", str(folder / "data")]
 

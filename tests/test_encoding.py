@@ -41,9 +41,9 @@ def encoder_of(tokenizer: Any, template: str) -> SessionEncoder:
 
 
 def encode(tokenizer: Any, template: str, session: Session) -> EncodedSession:
-    (encoded,) = encoder_of(tokenizer, template).encode([session]).sessions
-    assert isinstance(encoded, EncodedSession)
-    return encoded
+    batch = encoder_of(tokenizer, template).encode([session])
+    assert (batch.num_sessions, batch.errors) == (1, [])
+    return batch.session(0)
 
 
 def cut(encoded: EncodedSession) -> list[list[int]]:
@@ -73,7 +73,6 @@ def test_firefly_with_sentencepiece(kind: str) -> None:
         array.dtype.name for array in (encoded.tokens, encoded.segment_lengths, encoded.modes)
     ]
     assert dtypes == ["int32", "int32", "int8"]
-    assert encoded.location == "made.jsonl:1"
 
 
 def test_chatml_with_hugging_face(hugging_face_tokenizer: Any) -> None:
@@ -173,8 +172,7 @@ def test_a_missing_bos_is_left_out(tmp_path: Path) -> None:
     )
     encoder = encoder_of(tokenizer, "firefly")
     assert encoder.omits_bos
-    (encoded,) = encoder.encode([make_session(1)]).sessions
-    assert isinstance(encoded, EncodedSession)
+    encoded = encoder.encode([make_session(1)]).session(0)
     assert encoded.modes.tolist() == [MESSAGE_START, TARGET_BEGIN]
     assert -1 not in encoded.tokens
 
@@ -190,12 +188,15 @@ def test_plain_text(sentencepiece_tokenizer: Any) -> None:
 def test_batches_and_single_sessions_are_encoded_alike(hugging_face_tokenizer: Any) -> None:
     encoder = encoder_of(hugging_face_tokenizer, "chatml")
     sessions = [make_session(turns) for turns in (1, 3, 2, 1)]
-    for together, alone in zip(encoder.encode(sessions).sessions, sessions, strict=True):
+    batch = encoder.encode(sessions)
+    assert batch.sources.tolist() == [0, 1, 2, 3]
+    for number, alone in enumerate(sessions):
+        together = batch.session(number)
         single = encode(hugging_face_tokenizer, "chatml", alone)
-        assert isinstance(together, EncodedSession)
         assert together.tokens.tolist() == single.tokens.tolist()
         assert together.modes.tolist() == single.modes.tolist()
-    assert encoder.encode([]).sessions == []
+    empty = encoder.encode([])
+    assert (empty.num_sessions, len(empty.tokens), empty.errors) == (0, 0, [])
 
 
 def test_text_that_the_vocabulary_cannot_write_is_counted(tmp_path: Path) -> None:
@@ -206,9 +207,9 @@ def test_text_that_the_vocabulary_cannot_write_is_counted(tmp_path: Path) -> Non
         (("user", "a"), ("assistant", "🙂 🙂")),
     )
     batch = encoder.encode([chat(*known), chat(*unknown), chat(*unknown)])
-    assert batch.num_unknown_tokens == 4
-    assert batch.num_lossy_sessions == 2
-    assert batch.num_recut_sessions == 0
+    assert batch.totals["num_unknown_tokens"] == 4
+    assert batch.totals["num_lossy_sessions"] == 2
+    assert batch.totals["num_recut_sessions"] == 0
 
 
 def test_an_edge_inside_a_token_is_counted(hugging_face_tokenizer: Any) -> None:
@@ -218,7 +219,7 @@ def test_an_edge_inside_a_token_is_counted(hugging_face_tokenizer: Any) -> None:
     batch = encoder_of(hugging_face_tokenizer, "chatml").encode(
         [Session(messages=(gap,), location="x:1"), make_session(1)]
     )
-    assert batch.num_recut_sessions == 1
+    assert batch.totals["num_recut_sessions"] == 1
 
 
 @pytest.mark.parametrize(
@@ -265,13 +266,14 @@ def test_chatml_matches_apply_chat_template(
             break
     num_matching = 0
     batch = encoder.encode(sessions)
-    assert batch.num_recut_sessions == batch.num_lossy_sessions == 0
-    for session, encoded in zip(sessions, batch.sessions, strict=True):
+    assert batch.totals["num_recut_sessions"] == batch.totals["num_lossy_sessions"] == 0
+    assert batch.errors == []
+    for number, session in enumerate(sessions):
+        encoded = batch.session(number)
         messages = [{"role": m.role, "content": m.content} for m in session.messages]
         expected = below.apply_chat_template(
             messages, chat_template=CHATML_JINJA, tokenize=True, return_dict=False
         )
-        assert isinstance(encoded, EncodedSession)
         assert encoded.tokens.tolist() == expected
         num_matching += 1
     assert num_matching == 150
@@ -289,9 +291,10 @@ def test_firefly_matches_sentencepiece_on_real_sessions(
     with (shared_data / "alpaca_zh" / "messages.jsonl").open(encoding="utf-8") as stream:
         records = [json.loads(next(stream))["messages"] for _ in range(200)]
     sessions = [chat(*((m["role"], m["content"]) for m in messages)) for messages in records]
-    for messages, encoded in zip(records, encoder.encode(sessions).sessions, strict=True):
+    batch = encoder.encode(sessions)
+    assert (batch.num_sessions, batch.errors) == (len(records), [])
+    for number, messages in enumerate(records):
         expected = [1]
         for message in messages:
             expected += [*plain.encode(message["content"]), 2]
-        assert isinstance(encoded, EncodedSession)
-        assert encoded.tokens.tolist() == expected
+        assert batch.session(number).tokens.tolist() == expected

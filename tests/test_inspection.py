@@ -17,7 +17,7 @@ from megatron_multiturn.averages import LOSS_AVERAGES
 from megatron_multiturn.control_tokens import ControlToken
 from megatron_multiturn.dataset_statistics import DatasetTurns, dataset_turns, loss_shares
 from megatron_multiturn.decoding import RunDecoder
-from megatron_multiturn.encoding import EncodedSession
+from megatron_multiturn.encoding import EncodedSession, join_encoded
 from megatron_multiturn.inspection import main, use_color
 from megatron_multiturn.manifest import TemplateIdentity
 from megatron_multiturn.modes import CONTEXT, LEADING_SYSTEM, MESSAGE_START, TARGET_BEGIN
@@ -260,13 +260,12 @@ def prefix(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     ) as writer:
         for number in range(40):
             ids = vocabulary.encode([f"第{number}个问题?", "答案" * (number + 1), "why?", "因为!"])
-            writer.add(
-                EncodedSession(
-                    tokens=np.concatenate(ids).astype(np.int32),
-                    segment_lengths=np.array([len(each) for each in ids], dtype=np.int32),
-                    modes=np.array([USER, TARGET_BEGIN] * 2, dtype=np.int8),
-                )
+            session = EncodedSession(
+                tokens=np.concatenate(ids).astype(np.int32),
+                segment_lengths=np.array([len(each) for each in ids], dtype=np.int32),
+                modes=np.array([USER, TARGET_BEGIN] * 2, dtype=np.int8),
             )
+            writer.add(join_encoded([session]))
         writer.describe(rejected={"no-assistant": 2}, inputs=[])
     return prefix
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_multiturn.encoding import EncodedSession
+from megatron_multiturn.encoding import EncodedSession, join_encoded
 from megatron_multiturn.errors import ConfigError, DatasetError
 from megatron_multiturn.index_file import read_index, smallest_token_dtype, write_index
 from megatron_multiturn.manifest import InputFile, TemplateIdentity
@@ -44,7 +44,7 @@ SESSIONS = [
 def write(prefix: Path, vocab_size: int = 100, sessions: Any = SESSIONS) -> str:
     with SessionWriter(str(prefix), tokenizer=identity(vocab_size), template=TEMPLATE) as writer:
         for session in sessions:
-            writer.add(session)
+            writer.add(join_encoded([session]), [session.location])
         writer.describe(
             rejected={"b": 2, "a": 1},
             inputs=[InputFile(path="in.jsonl", num_bytes=5, sha256="0" * 64)],
@@ -152,7 +152,7 @@ def test_the_manifest_counts(tmp_path: Path) -> None:
 def test_turns_and_target_tokens(
     lengths: list[int], modes: list[int], expected: tuple[int, int]
 ) -> None:
-    assert count_targets(encoded(lengths, modes)) == expected
+    assert count_targets(join_encoded([encoded(lengths, modes)])) == expected
 
 
 @pytest.mark.parametrize(
