@@ -1,30 +1,32 @@
-"""Segments -> tokens and one mode byte a segment, a batch of sessions at a time.
+"""Sessions -> tokens and one mode byte a segment, a batch of sessions at a time.
 
-Within a segment adjacent text is one run. A run that follows text directly is encoded as a
-continuation (no space is put before it), so that the segments of a session join to its whole
-rendering, token for token. Where they would not, because a token lies across an edge, the text on
-both sides is encoded as a whole and cut by the tokenizer's offsets: such a token is the answer's,
-and context where it reaches into what is masked inside an answer. Such sessions are counted, and
-so are those with a run that does not decode to its text.
+The segments of a document join to its whole rendering, token for token (see `layouts`). Where a
+token lies across the edge of an answer, the text on both sides is cut by the tokenizer's offsets:
+such a token is the answer's, and context where it reaches into what is masked inside an answer.
+Such documents are counted, and so are those with text that does not decode to itself.
 
 Text that spells a control token stays text. Tokenizers that read some of them out of plain text
 are given it in two pieces there.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
 
+from megatron_multiturn.batch_encoding import DocumentBatch
 from megatron_multiturn.control_tokens import ControlLiterals, ControlToken
+from megatron_multiturn.encoded_sessions import EncodedBatch, EncodedSession, join_encoded
+from megatron_multiturn.engines import Engine, ReferenceEngine
 from megatron_multiturn.errors import ConfigError, SessionError
-from megatron_multiturn.outlines import EncodedSession, Outline, Outliner, assemble
-from megatron_multiturn.run_encoder import RunEncoder, TextRun
+from megatron_multiturn.layouts import ConstantPool, Layout, LayoutMaker, slot_text
+from megatron_multiturn.messages import Message
+from megatron_multiturn.plain_chats import PlainChat
+from megatron_multiturn.run_encoder import RunEncoder
 from megatron_multiturn.sessions import Session
-from megatron_multiturn.templates import BOS, EOS, ChatTemplate, Special
+from megatron_multiturn.supervision import select_answers
+from megatron_multiturn.templates import BOS, EOS, ChatTemplate, Document, Special
 from megatron_multiturn.vocabulary import Vocabulary
 
 __all__ = [
@@ -35,68 +37,10 @@ __all__ = [
     "join_encoded",
 ]
 
-_EDGE_CACHE_SIZE = 1 << 16
-
 LITERAL_CONTROL_TOKENS = ("escape", "error")
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EncodedBatch:
-    """What became of a batch of sessions; all arrays are of the sessions one after another."""
-
-    tokens: NDArray[np.int32]  # (num_tokens,)
-    segment_lengths: NDArray[np.int32]  # (num_segments,), none is 0
-    modes: NDArray[np.int8]  # (num_segments,)
-    first_segments: NDArray[np.int64]  # (num_sessions + 1,), from 0
-    # (num_sessions,): which of the given sessions each came from, ascending; one can become several
-    # documents, or none.
-    sources: NDArray[np.int32]
-    errors: list[tuple[int, SessionError]]  # (source, why it could not be encoded), ascending
-    # num_unknown_tokens: text that the vocabulary cannot write
-    # num_lossy_sessions: some run does not decode to its text
-    # num_recut_sessions: some token lies across an edge
-    # num_open_turns: whose end is text, so that nothing says that the answer is over
-    # num_rewritten_sessions: their template rewrites history
-    totals: Counter[str]
-
-    @property
-    def num_sessions(self) -> int:
-        return len(self.sources)
-
-    def session(self, index: int) -> EncodedSession:
-        """Session `index` of the batch; a view."""
-        start, stop = self.first_segments[index : index + 2].tolist()
-        first_token = int(self.segment_lengths[:start].sum())
-        lengths = self.segment_lengths[start:stop]
-        return EncodedSession(
-            tokens=self.tokens[first_token : first_token + int(lengths.sum())],
-            segment_lengths=lengths,
-            modes=self.modes[start:stop],
-        )
-
-
-def join_encoded(
-    sessions: Sequence[EncodedSession],
-    *,
-    sources: Sequence[int] | None = None,
-    errors: Sequence[tuple[int, SessionError]] = (),
-    totals: Mapping[str, int] | None = None,
-) -> EncodedBatch:
-    """A batch of sessions that are encoded already; without `sources`, each is a source."""
-    ends = np.cumsum([len(session.modes) for session in sessions], dtype=np.int64)
-    return EncodedBatch(
-        tokens=_concatenate([session.tokens for session in sessions], np.int32),
-        segment_lengths=_concatenate([session.segment_lengths for session in sessions], np.int32),
-        modes=_concatenate([session.modes for session in sessions], np.int8),
-        first_segments=np.concatenate([np.zeros(1, dtype=np.int64), ends]),
-        sources=np.array(range(len(sessions)) if sources is None else sources, dtype=np.int32),
-        errors=list(errors),
-        totals=Counter(totals),
-    )
-
-
-def _concatenate(arrays: Sequence[NDArray[Any]], dtype: DTypeLike) -> NDArray[Any]:
-    return np.concatenate([np.zeros(0, dtype=dtype), *arrays]).astype(dtype, copy=False)
+_MAX_LAYOUTS = 4096
+_MAX_LAYOUT_MESSAGES = 512  # a longer chat hardly has its like
 
 
 class SessionEncoder:
@@ -107,120 +51,148 @@ class SessionEncoder:
         template: ChatTemplate,
         vocabulary: Vocabulary,
         *,
+        engine: Engine | None = None,
+        train_on: str = "all",
         literal_control_tokens: Literal["escape", "error"] = "escape",
     ) -> None:
         """Raises ConfigError if a special token of the template is not one token.
 
-        literal_control_tokens: whether text may spell one; it is never made one.
+        engine: encodes texts, as the vocabulary itself does by default; train_on: a key of
+        supervision.TRAIN_ON; literal_control_tokens: whether text may spell one; it is never
+        made one.
         """
         self._template = template
         self._vocabulary = vocabulary
+        self._engine = engine or ReferenceEngine(vocabulary)
+        self._train_on = train_on
         self._run_encoder = RunEncoder(vocabulary)
         self._ids: dict[Special, int | None] = {BOS: vocabulary.bos_id, EOS: vocabulary.eos_id}
         for special in template.specials:
             self._ids[special] = self._require(special)
-        unsafe = self._find_unsafe_literals()
-        self._outliner = Outliner(self._ids, unsafe)
+        self._pool = ConstantPool()
+        self._layout_maker = LayoutMaker(
+            id_of=self._ids.__getitem__,
+            unsafe_literals=self._find_unsafe_literals(),
+            run_encoder=self._run_encoder,
+            pool=self._pool,
+        )
+        self._layouts: dict[tuple[str, ...], Layout | None] = {}
         self._refuses_literals = literal_control_tokens == "error"
         self._literals = self._control_literals()
-        self._edge_cache: dict[tuple[str, str], bool] = {}
 
     @property
     def omits_bos(self) -> bool:
         """Whether the template opens with a BOS that the vocabulary does not have."""
         return self._ids[BOS] is None and self._template.opens_with_bos
 
-    def encode(self, sessions: Sequence[Session]) -> EncodedBatch:
+    def encode(self, sessions: Sequence[Session | PlainChat]) -> EncodedBatch:
         """Encode a batch; a session that cannot be encoded is among its errors."""
-        numbers: dict[TextRun, int] = {}  # templates write the same runs time and again
-        outlines: list[Outline | SessionError] = []
+        batch = DocumentBatch()
         sources: list[int] = []
-        num_open_turns = num_rewritten = 0
-        for source, session in enumerate(sessions):
-            found: list[Outline | SessionError] = []
-            try:
-                self._check_text(session)
-                documents = self._template.documents(session)
-                found += [
-                    self._outliner.outline(document, session.location, numbers)
-                    for document in documents
-                ]
-            except SessionError as error:
-                found = [error]
-            else:
-                num_open_turns += sum(document.num_open_turns for document in documents)
-                num_rewritten += any(document.history_rewritten for document in documents)
-            outlines += found
-            sources += [source] * len(found)
-        runs = list(numbers)
-        encoded = self._run_encoder.encode(runs)
-        kept = [outline for outline in outlines if isinstance(outline, Outline)]
-        lossy = self._run_encoder.find_lossy(runs, encoded)
-        recut = self._find_recut({edge for outline in kept for edge in outline.edges})
-        unknown = self._vocabulary.unknown_id
-        finished_sessions: list[EncodedSession] = []
-        kept_sources: list[int] = []
         errors: list[tuple[int, SessionError]] = []
-        for source, outline in zip(sources, outlines, strict=True):
-            finished = self._finish(outline, runs, encoded, recut)
-            if isinstance(finished, SessionError):
-                errors.append((source, finished))
-            else:
-                finished_sessions.append(finished)
-                kept_sources.append(source)
-        totals = {
-            "num_unknown_tokens": (
-                0
-                if unknown is None
-                else sum(encoded[i].count(unknown) for o in kept for i in o.runs)
-            ),
-            "num_lossy_sessions": sum(not lossy.isdisjoint(outline.runs) for outline in kept),
-            "num_recut_sessions": sum(not recut.isdisjoint(outline.edges) for outline in kept),
-            "num_open_turns": num_open_turns,
-            "num_rewritten_sessions": num_rewritten,
-        }
-        return join_encoded(finished_sessions, sources=kept_sources, errors=errors, totals=totals)
+        totals: Counter[str] = Counter()
+        for source, session in enumerate(sessions):
+            try:
+                documents = self._add(batch, session)
+            except SessionError as error:
+                errors.append((source, error))
+                continue
+            sources += [source] * len(documents)
+            totals["num_open_turns"] += sum(document.num_open_turns for document in documents)
+            totals["num_rewritten_sessions"] += any(d.history_rewritten for d in documents)
+        return self._finish(batch, sessions, sources, errors, totals)
+
+    def _add(self, batch: DocumentBatch, session: Session | PlainChat) -> Sequence[Document]:
+        """Add a session's documents to the batch."""
+        if isinstance(session, PlainChat):
+            if self._fill_layout(batch, session):
+                return _ONE_DOCUMENT
+            session = session.session()
+        session = select_answers(session, self._train_on)
+        for number, message in enumerate(session.messages, start=1):
+            calls = (text for call in message.tool_calls for text in (call.name, call.arguments))
+            for text in (message.content, message.reasoning, *calls):
+                self._check_text(text, session.location, number)
+        if session.plain and self._ids[EOS] is None:
+            raise ConfigError(
+                f"{session.location}: plain text ends with an end-of-sentence token, which the "
+                "tokenizer does not have; use another tokenizer, or leave plain text out"
+            )
+        documents = self._template.documents(session)
+        layouts = [self._layout_maker.make(one.segments, has_slots=False) for one in documents]
+        for layout in layouts:
+            batch.add(layout)
+        return documents
+
+    def _fill_layout(self, batch: DocumentBatch, chat: PlainChat) -> bool:
+        """Add a chat by the layout of its roles; False if there is none."""
+        try:
+            layout = self._layouts[chat.roles]
+        except KeyError:
+            layout = self._layout_of(chat.roles)
+        if layout is None:
+            return False
+        contents = chat.contents
+        if self._template.strips:
+            contents = [content.strip() for content in contents]
+        if self._layout_maker.breaks_text and any(map(self._layout_maker.is_unsafe, contents)):
+            return False
+        if self._refuses_literals:
+            for number, content in enumerate(contents, start=1):
+                self._check_text(content, chat.location, number)
+        batch.fill(layout, contents)
+        return True
+
+    def _layout_of(self, roles: tuple[str, ...]) -> Layout | None:
+        """The layout of all chats with these roles, if there is one."""
+        if not self._template.depends_on_roles_alone or len(roles) > _MAX_LAYOUT_MESSAGES:
+            return None
+        if len(self._layouts) >= _MAX_LAYOUTS:
+            self._layouts.clear()
+        messages = tuple(
+            Message(role=role, content=slot_text(number)) for number, role in enumerate(roles)
+        )
+        layout = None
+        try:
+            session = select_answers(Session(messages=messages, location="slots"), self._train_on)
+            (document,) = self._template.documents(session)
+        except SessionError:
+            pass  # said again of each such session, with its place
+        else:
+            layout = self._layout_maker.make(document.segments, has_slots=True)
+        self._layouts[roles] = layout
+        return layout
 
     def _finish(
         self,
-        outline: Outline | SessionError,
-        runs: list[TextRun],
-        encoded: list[list[int]],
-        recut: set[tuple[str, str]],
-    ) -> EncodedSession | SessionError:
-        if isinstance(outline, SessionError):
-            return outline
-        own = [encoded[number] for number in outline.runs]
-        if not recut.isdisjoint(outline.edges):
-            try:
-                own = self._encode_whole(outline, runs)
-            except SessionError as error:
-                return error
-        return assemble(outline, own)
-
-    def _encode_whole(self, outline: Outline, runs: list[TextRun]) -> list[list[int]]:
-        """The ids of each run, where runs that go on from one another are encoded as one text."""
-        encoded: list[list[int]] = []
-        is_left = iter(outline.lefts())
-        start = 0
-        for stop in range(1, len(outline.runs) + 1):
-            if stop < len(outline.runs) and outline.joined[stop]:
-                continue
-            texts = [runs[number][0] for number in outline.runs[start:stop]]
-            ends = np.cumsum([len(text) for text in texts])[:-1].tolist()
-            edges = [(end, next(is_left)) for end in ends]
-            goes_on = runs[outline.runs[start]][1]
-            ids = self._run_encoder.encode_cut(("".join(texts), goes_on), edges)
-            if ids is None:
-                raise SessionError(
-                    f"{outline.location}: a token lies across the edge of an answer, and this "
-                    "tokenizer does not say where in the text its tokens lie; use its fast "
-                    "variant, or leave the session out",
-                    reason="token-across-edge",
-                )
-            encoded += ids
-            start = stop
-        return encoded
+        batch: DocumentBatch,
+        sessions: Sequence[Session | PlainChat],
+        sources: list[int],
+        errors: list[tuple[int, SessionError]],
+        totals: Counter[str],
+    ) -> EncodedBatch:
+        if not len(batch):
+            return join_encoded([], errors=errors, totals=totals)
+        encoded = batch.encode(self._engine, self._run_encoder, self._pool.ids)
+        totals["num_lossy_sessions"] += int(encoded.is_lossy.sum())
+        totals["num_recut_sessions"] += int(encoded.is_recut.sum())
+        if self._vocabulary.unknown_id is not None:
+            is_unknown = encoded.tokens == self._vocabulary.unknown_id
+            totals["num_unknown_tokens"] += int(np.count_nonzero(is_unknown))
+        all_sources = np.array(sources, dtype=np.int32)
+        errors += [
+            (source, _across_edge(sessions[source].location))
+            for source in np.unique(all_sources[encoded.failed]).tolist()
+        ]
+        return EncodedBatch(
+            tokens=encoded.tokens,
+            segment_lengths=encoded.segment_lengths,
+            modes=encoded.modes,
+            first_segments=encoded.first_segments,
+            sources=all_sources[~encoded.failed],
+            errors=sorted(errors, key=lambda entry: entry[0]),
+            totals=totals,
+        )
 
     def _require(self, special: Special) -> int | None:
         """The id of a special token; None only for BOS, which is left out."""
@@ -269,30 +241,24 @@ class SessionEncoder:
                 tokens.setdefault(literal, ControlToken(literal=literal, special=True))
         return ControlLiterals([t for t in tokens.values() if t.special and t.literal.strip()])
 
-    def _check_text(self, session: Session) -> None:
+    def _check_text(self, text: str, location: str, number: int) -> None:
+        """Raise SessionError for a control token in a message, if it is to be refused."""
         if not self._refuses_literals:
             return
-        for number, message in enumerate(session.messages, start=1):
-            calls = (text for call in message.tool_calls for text in (call.name, call.arguments))
-            for text in (message.content, message.reasoning, *calls):
-                for _, _, token in self._literals.find(text):
-                    raise SessionError(
-                        f"{session.location}: message {number} spells the control token "
-                        f"{token.literal!r}; remove it, or pass --literal-control-tokens escape "
-                        "to keep it as text",
-                        reason="control-token-in-text",
-                    )
+        for _, _, token in self._literals.find(text):
+            raise SessionError(
+                f"{location}: message {number} spells the control token {token.literal!r}; remove "
+                "it, or pass --literal-control-tokens escape to keep it as text",
+                reason="control-token-in-text",
+            )
 
-    def _find_recut(self, edges: set[tuple[str, str]]) -> set[tuple[str, str]]:
-        """The edges at which encoding the text as a whole gives other tokens."""
-        if len(self._edge_cache) > _EDGE_CACHE_SIZE:
-            self._edge_cache.clear()
-        new = [edge for edge in sorted(edges) if edge not in self._edge_cache]
-        runs: list[TextRun] = []
-        for left, right in new:
-            runs += [(left, False), (right, True), (left + right, False)]
-        encoded = self._run_encoder.encode(runs)
-        for index, edge in enumerate(new):
-            left_ids, right_ids, whole_ids = encoded[3 * index : 3 * index + 3]
-            self._edge_cache[edge] = left_ids + right_ids != whole_ids
-        return {edge for edge in edges if self._edge_cache[edge]}
+
+_ONE_DOCUMENT = (Document(segments=()),)
+
+
+def _across_edge(location: str) -> SessionError:
+    return SessionError(
+        f"{location}: a token lies across the edge of an answer, and this tokenizer does not say "
+        "where in the text its tokens lie; use its fast variant, or leave the session out",
+        reason="token-across-edge",
+    )

@@ -44,7 +44,7 @@ ROLES = {
     "tool_response": "tool",
     "function_response": "tool",
 }
-_CALL_ROLES = ("function_call", "tool_call")  # their content is the call
+CALL_ROLES = ("function_call", "tool_call")  # their content is the call
 _ROLE_KEYS = ("role", "from", "speaker")
 _CONTENT_KEYS = ("content", "value", "text")
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
@@ -79,7 +79,7 @@ def read_message(entry: dict[str, Any], where: str) -> Message:
     content = entry.get(content_key)
     calls = read_tool_calls(entry, where)
     masked: tuple[tuple[int, int], ...] = ()
-    if spelling in _CALL_ROLES and not calls:
+    if spelling in CALL_ROLES and not calls:
         if is_blank(content):
             raise _empty(entry, content_key, where)
         calls, text = parse_calls(content, f"{where}: {content_key!r}"), ""
@@ -113,7 +113,7 @@ def _of_two_keys(entry: dict[str, Any]) -> Message | None:
     role, content = entry.get("role"), entry.get("content")
     if role is None:
         role, content = entry.get("from"), entry.get("value")
-    if type(role) is not str or type(content) is not str or role in _CALL_ROLES:
+    if type(role) is not str or type(content) is not str or role in CALL_ROLES:
         return None
     if role not in ROLES or not content or content.isspace():
         return None

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_multiturn.errors import SessionError
 
-_REFUSED_KEYS = {
+REFUSED_KEYS = {
     "images": "only text can be trained on",
     "videos": "only text can be trained on",
     "audios": "only text can be trained on",
@@ -23,9 +23,9 @@ _REFUSED_KEYS = {
 
 def refuse_keys(value: dict[str, Any], where: str) -> None:
     """Raise SessionError for what would change the meaning and has no place in a session."""
-    if _REFUSED_KEYS.keys().isdisjoint(value):
+    if REFUSED_KEYS.keys().isdisjoint(value):
         return
-    for key, remedy in _REFUSED_KEYS.items():
+    for key, remedy in REFUSED_KEYS.items():
         given = value.get(key)
         if given is not False and is_blank(given):
             continue

@@ -49,6 +49,8 @@ class JinjaTemplate:
     """A chat template, as `apply_chat_template` would render it."""
 
     opens_with_bos = False  # it writes a BOS itself
+    depends_on_roles_alone = False
+    strips = False
 
     def __init__(
         self,

@@ -33,7 +33,6 @@ class RoundTemplate(BuiltInTemplate):
     before_answer: str = ""  # learnt with the answer
     after_answer: str = ""  # likewise
     after_closing: str = ""  # context
-    strips: bool = False  # white space around messages
 
     def write(self, session: Session) -> list[Segment]:
         messages = list(session.messages)

@@ -125,6 +125,7 @@ _MESSAGE_TEMPLATES = (
         name="llama3",
         specials=(BOS, START_HEADER, END_HEADER, END_OF_TURN),
         opening=(BOS,),
+        strips=True,
         render_message=_llama3_message,
     ),
 )

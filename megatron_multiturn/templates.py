@@ -78,6 +78,17 @@ class ChatTemplate(Protocol):
     def content_hash(self) -> str:
         """Equal for templates that write alike."""
 
+    @property
+    def depends_on_roles_alone(self) -> bool:
+        """Whether what it writes around the contents is known from the roles.
+
+        So it is for messages of a role and a content alone, in chats without tools or variables.
+        """
+
+    @property
+    def strips(self) -> bool:
+        """Whether it leaves out white space at the head and the end of contents."""
+
     def documents(self, session: Session) -> list[Document]:
         """The documents that a session becomes; SessionError if it cannot be written."""
 
@@ -93,6 +104,11 @@ class BuiltInTemplate:
     name: str
     specials: tuple[Special, ...]
     opening: tuple[Special, ...] = ()  # before the first message
+    strips: bool = False  # white space around contents
+
+    @property
+    def depends_on_roles_alone(self) -> bool:
+        return True
 
     @property
     def opens_with_bos(self) -> bool:

@@ -53,6 +53,9 @@ class ByteVocabulary:
     def named_tokens(self) -> dict[str, str]:
         raise NotImplementedError
 
+    def serialized(self) -> bytes:
+        raise NotImplementedError
+
     def decode(self, ids: Sequence[list[int]]) -> list[str]:
         return [bytes(each).decode(errors="replace") for each in ids]
 

@@ -20,7 +20,7 @@ ORDER = (
     *("sessions", "supervision", "templates", "round_templates"),
     *("template_families", "control_tokens", "turn_spans", "template_input", "sandbox"),
     *("rendered_session", "jinja_templates", "vocabulary", "run_encoder"),
-    *("outlines", "encoding"),
+    *("engines", "layouts", "plain_chats", "encoded_sessions", "batch_encoding", "encoding"),
     *("index_file", "manifest", "session_writer"),
     # dataset -> rows -> training
     *("shared_files", "object_storage", "row_pieces", "token_reader", "store"),

@@ -1,0 +1,239 @@
+"""Layouts and their texts -> the tokens of a batch of documents, without a loop over tokens."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_multiturn.engines import Engine
+from megatron_multiturn.layouts import Layout, edges_to_left, fill_text, make_fill
+from megatron_multiturn.modes import CONTEXT, KIND_MASK, TARGET_BEGIN, TARGET_CONTINUE, is_target
+from megatron_multiturn.run_encoder import RunEncoder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedDocuments:
+    """A batch of documents as tokens."""
+
+    tokens: NDArray[np.int32]  # (num_tokens,), the documents one after another
+    segment_lengths: NDArray[np.int32]  # (num_segments,), none is 0
+    modes: NDArray[np.int8]  # (num_segments,)
+    first_segments: NDArray[np.int64]  # (number of documents that did not fail + 1,), from 0
+    failed: NDArray[np.bool_]  # (num_documents,): a token lies across an edge, who knows where
+    is_recut: NDArray[np.bool_]  # (num_documents,): a token lay across the edge of an answer
+    is_lossy: NDArray[np.bool_]  # (num_documents,): some text does not decode to itself
+
+
+class DocumentBatch:
+    """Documents by their layouts, to be encoded together."""
+
+    def __init__(self) -> None:
+        self._layouts: list[Layout] = []
+        self._contents: list[Sequence[str]] = []
+        self._texts: list[str] = []
+        self._known: dict[str, int] = {}  # texts of documents that are laid out only once
+        self._group_texts: list[int] = []  # the text of each group
+        self._edge_texts: list[int] = []  # the text before each variable edge
+
+    def __len__(self) -> int:
+        return len(self._layouts)
+
+    def fill(self, layout: Layout, contents: Sequence[str]) -> None:
+        """Add a document of a layout with slots."""
+        self._layouts.append(layout)
+        self._contents.append(contents)
+        texts = self._texts
+        first = len(texts)
+        for fill in layout.group_fills:
+            before, slot, after, _ = fill
+            # As in fill_text, without the call for what nearly all of them are.
+            texts.append(
+                before + contents[slot] + after if slot >= 0 else fill_text(fill, contents)
+            )
+        self._group_texts += range(first, len(texts))
+        if layout.edge_fills:
+            first = len(texts)
+            texts += [fill_text(fill, contents) for fill in layout.edge_fills]
+            self._edge_texts += range(first, len(texts))
+
+    def add(self, layout: Layout) -> None:
+        """Add a document of a layout without slots."""
+        self._layouts.append(layout)
+        self._contents.append(())
+        self._group_texts += [self._number(fill_text(fill, ())) for fill in layout.group_fills]
+        self._edge_texts += [self._number(fill_text(fill, ())) for fill in layout.edge_fills]
+
+    def _number(self, text: str) -> int:
+        """Templates write the same texts time and again, which are encoded once."""
+        number = self._known.get(text)
+        if number is None:
+            number = self._known[text] = len(self._texts)
+            self._texts.append(text)
+        return number
+
+    def encode(
+        self, engine: Engine, run_encoder: RunEncoder, pool: NDArray[np.int32]
+    ) -> EncodedDocuments:
+        """Encode all of them, of which there must be one.
+
+        run_encoder: cuts the texts in which a token lies across an edge; pool: the ids that the
+        layouts know.
+        """
+        columns = _Columns(self._layouts)
+        encoded = engine.encode(self._texts)
+        source = np.concatenate([pool, encoded.ids])
+        text_spans = np.stack([encoded.offsets[:-1], encoded.offsets[1:]], axis=1) + len(pool)
+        group_texts = np.array(self._group_texts, dtype=np.int64)
+        group_spans = text_spans[group_texts]
+
+        edge_spans = columns.edge_spans
+        edge_spans[columns.is_variable] = text_spans[np.array(self._edge_texts, dtype=np.int64)]
+        is_joined = ~_are_heads(source, edge_spans, group_spans[columns.edge_groups])
+        is_recut = self._none()
+        recut_edges = np.flatnonzero(is_joined & columns.are_answers_edges())
+        is_recut[columns.group_documents[columns.edge_groups[recut_edges]]] = True
+        is_lossy = self._none()
+        is_lossy_text = engine.find_lossy(self._texts, encoded)
+        is_lossy[columns.group_documents[is_lossy_text[group_texts]]] = True
+
+        starts, lengths = columns.place_atoms(group_spans, edge_spans[:, 1] - edge_spans[:, 0])
+        added: list[int] = []
+        failed = self._none()
+        for group in np.unique(columns.edge_groups[is_joined]).tolist():
+            document = int(columns.group_documents[group])
+            pieces = self._cut(document, group - int(columns.first_groups[document]), run_encoder)
+            failed[document] |= pieces is None
+            for atom, ids in zip(columns.atoms_of(group), pieces or (), strict=False):
+                starts[atom], lengths[atom] = len(source) + len(added), len(ids)
+                added += ids
+        source = np.concatenate([source, np.array(added, dtype=np.int32)])
+        segment_lengths = np.zeros(len(columns.modes), dtype=np.int64)
+        lengths[failed[columns.atom_documents]] = 0
+        np.add.at(segment_lengths, columns.atom_segments, lengths)
+        first_segments = columns.first_segments
+        is_filled = segment_lengths > 0
+        _restore_begins(columns.modes, is_filled)
+        num_segments = np.append(0, np.cumsum(is_filled))[first_segments]
+        return EncodedDocuments(
+            tokens=source[ragged_positions(starts, lengths)],
+            segment_lengths=segment_lengths[is_filled].astype(np.int32),
+            modes=columns.modes[is_filled],
+            first_segments=np.append(0, num_segments[1:][~failed]),
+            failed=failed,
+            is_recut=is_recut & ~failed,
+            is_lossy=is_lossy & ~failed,
+        )
+
+    def _cut(self, document: int, number: int, run_encoder: RunEncoder) -> list[list[int]] | None:
+        """The ids of the pieces of a group of a document."""
+        layout, contents = self._layouts[document], self._contents[document]
+        group = layout.groups[number]
+        return run_encoder.encode_cut(
+            [fill_text(make_fill(piece), contents) for piece in group.pieces],
+            edges_to_left(layout.modes, group.segments),
+            goes_on=group.goes_on,
+        )
+
+    def _none(self) -> NDArray[np.bool_]:
+        return np.zeros(len(self), dtype=np.bool_)
+
+
+class _Columns:
+    """The arrays of many layouts one after another, numbered throughout."""
+
+    def __init__(self, layouts: Sequence[Layout]) -> None:
+        num_groups = np.array([len(layout.groups) for layout in layouts])
+        num_edges = np.array([len(layout.edge_groups) for layout in layouts])
+        num_atoms = np.array([len(layout.atom_segments) for layout in layouts])
+        num_segments = np.array([len(layout.modes) for layout in layouts])
+        self.modes = np.concatenate([layout.modes for layout in layouts])
+        self.first_segments = np.append(0, np.cumsum(num_segments))
+        self.first_groups = _starts(num_groups)
+
+        self.group_documents = np.repeat(np.arange(len(layouts)), num_groups)
+        self.edge_groups = np.concatenate([layout.edge_groups for layout in layouts])
+        self.edge_groups += np.repeat(_starts(num_groups), num_edges)
+        self.edge_spans = np.concatenate([layout.edge_constants for layout in layouts])
+        self.is_variable = self.edge_spans[:, 1] == 0
+        self._edge_segments = np.concatenate([layout.edge_segments for layout in layouts])
+        self._edge_segments += np.repeat(_starts(num_segments), num_edges)[:, None]
+
+        self.atom_segments = np.concatenate([layout.atom_segments for layout in layouts])
+        self.atom_segments += np.repeat(_starts(num_segments), num_atoms)
+        self.atom_documents = np.repeat(np.arange(len(layouts)), num_atoms)
+        self._atom_constants = np.concatenate([layout.atom_constants for layout in layouts])
+        groups = np.concatenate([layout.atom_groups for layout in layouts])
+        self._is_piece = groups >= 0
+        self._piece_groups = (groups + np.repeat(_starts(num_groups), num_atoms))[self._is_piece]
+        edges = np.concatenate([layout.atom_edges for layout in layouts])
+        edges += np.where(edges < 0, 0, np.repeat(_starts(num_edges), num_atoms)[:, None])
+        self._piece_edges = edges[self._is_piece]
+
+    def are_answers_edges(self) -> NDArray[np.bool_]:
+        """Which edges have an answer on one side or on both; (num_edges,)."""
+        sides: NDArray[np.bool_] = is_target(self.modes)[self._edge_segments]
+        return sides.any(axis=1)
+
+    def atoms_of(self, group: int) -> list[int]:
+        """The atoms that are the pieces of a group."""
+        first, last = np.searchsorted(self._piece_groups, [group, group + 1]).tolist()
+        return np.flatnonzero(self._is_piece)[first:last].tolist()
+
+    def place_atoms(
+        self, group_spans: NDArray[np.int64], edge_lengths: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(starts, lengths) of the atoms, both (num_atoms,).
+
+        group_spans: (num_groups, 2) where the groups lie; edge_lengths: (num_edges,) how many ids
+        stand before each edge.
+        """
+        starts = self._atom_constants[:, 0].copy()
+        stops = self._atom_constants[:, 1].copy()
+        spans = group_spans[self._piece_groups]
+        lower, upper = self._piece_edges.T
+        before = np.append(edge_lengths, 0)  # the last is found at -1
+        starts[self._is_piece] = spans[:, 0] + before[lower]
+        stops[self._is_piece] = np.where(upper < 0, spans[:, 1], spans[:, 0] + before[upper])
+        return starts, np.maximum(stops - starts, 0)
+
+
+def ragged_positions(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The positions of all elements of spans.
+
+    starts [7, 2], lengths [2, 1] give [7, 8, 2].
+    """
+    shifts = starts - _starts(lengths)
+    return np.repeat(shifts, lengths) + np.arange(int(lengths.sum()))
+
+
+def _are_heads(
+    source: NDArray[np.int32], heads: NDArray[np.int64], wholes: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """Whether each head is how its whole begins; both (n, 2), of (start, stop) in `source`."""
+    lengths = heads[:, 1] - heads[:, 0]
+    are_heads = lengths <= wholes[:, 1] - wholes[:, 0]
+    starts, lengths = heads[are_heads, 0], lengths[are_heads]
+    differs = (
+        source[ragged_positions(starts, lengths)]
+        != source[ragged_positions(wholes[are_heads, 0], lengths)]
+    )
+    number = np.repeat(np.flatnonzero(are_heads), lengths)
+    are_heads[number[differs]] = False
+    return are_heads
+
+
+def _starts(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where each begins that holds so many: [2, 3] gives [0, 2]."""
+    return np.cumsum(counts) - counts
+
+
+def _restore_begins(modes: NDArray[np.int8], is_filled: NDArray[np.bool_]) -> None:
+    """A turn whose first segment came out empty begins with its next one."""
+    kinds = modes & KIND_MASK
+    for segment in np.flatnonzero(~is_filled & (kinds == TARGET_BEGIN)).tolist():
+        following = segment + 1
+        while following < len(modes) and (not is_filled[following] or kinds[following] == CONTEXT):
+            following += 1
+        if following < len(modes) and kinds[following] == TARGET_CONTINUE:
+            modes[following] += TARGET_BEGIN - TARGET_CONTINUE
