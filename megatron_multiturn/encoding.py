@@ -13,7 +13,7 @@ are given it in two pieces there.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from megatron_multiturn.errors import ConfigError, SessionError
 from megatron_multiturn.outlines import EncodedSession, Outline, Outliner, assemble
 from megatron_multiturn.run_encoder import RunEncoder, TextRun
 from megatron_multiturn.sessions import Session
+from megatron_multiturn.template_input import keys_in, message_variables, texts_in
 from megatron_multiturn.templates import BOS, EOS, ChatTemplate, Special
 from megatron_multiturn.vocabulary import Vocabulary
 
@@ -82,22 +83,23 @@ class SessionEncoder:
         outlines: list[Outline | SessionError] = []
         sources: list[int] = []
         num_open_turns = num_rewritten = 0
-        for source, session in enumerate(sessions):
-            found: list[Outline | SessionError] = []
-            try:
-                self._check_text(session)
-                documents = self._template.documents(session)
-                found += [
-                    self._outliner.outline(document, session.location, numbers)
-                    for document in documents
-                ]
-            except SessionError as error:
-                found = [error]
-            else:
-                num_open_turns += sum(document.num_open_turns for document in documents)
-                num_rewritten += any(document.history_rewritten for document in documents)
-            outlines += found
-            sources += [source] * len(found)
+        with self._template.batch():
+            for source, session in enumerate(sessions):
+                found: list[Outline | SessionError] = []
+                try:
+                    self._check_text(session)
+                    documents = self._template.documents(session)
+                    found += [
+                        self._outliner.outline(document, session.location, numbers)
+                        for document in documents
+                    ]
+                except SessionError as error:
+                    found = [error]
+                else:
+                    num_open_turns += sum(document.num_open_turns for document in documents)
+                    num_rewritten += any(document.history_rewritten for document in documents)
+                outlines += found
+                sources += [source] * len(found)
         runs = list(numbers)
         encoded = self._run_encoder.encode(runs)
         kept = [outline for outline in outlines if isinstance(outline, Outline)]
@@ -180,13 +182,18 @@ class SessionEncoder:
         return found
 
     def _find_unsafe_literals(self) -> list[str]:
-        """The special tokens that the tokenizer reads out of plain text, the longest first.
+        """The control tokens that the tokenizer reads out of plain text, the longest first.
 
         SentencePiece does so with user-defined symbols, Hugging Face with tokens that were added
         but not declared special.
         """
-        ids = [token_id for token_id in self._ids.values() if token_id is not None]
-        literals = [self._vocabulary.literal_of(token_id) for token_id in ids]
+        found_ids = [token_id for token_id in self._ids.values() if token_id is not None]
+        by_literal = {self._vocabulary.literal_of(token_id): token_id for token_id in found_ids}
+        for token in self._vocabulary.control_tokens():
+            token_id = self._vocabulary.id_of(token.literal) if token.special else None
+            if token_id is not None:
+                by_literal.setdefault(token.literal, token_id)
+        literals, ids = list(by_literal), list(by_literal.values())
         encoded = self._vocabulary.encode(
             [text for literal in literals for text in (literal, f"a{literal}b")]
         )
@@ -209,12 +216,16 @@ class SessionEncoder:
     def _check_text(self, session: Session) -> None:
         if not self._refuses_literals:
             return
-        for number, message in enumerate(session.messages, start=1):
-            calls = (text for call in message.tool_calls for text in (call.name, call.arguments))
-            for text in (message.content, message.reasoning, *calls):
+        given: list[tuple[str, Any]] = [
+            (f"message {number}", message_variables(message))
+            for number, message in enumerate(session.messages, start=1)
+        ]
+        given += [("'tools'", session.tools), ("a variable", dict(session.template_variables))]
+        for where, value in given:
+            for text in (*(text for text, _ in texts_in(value)), *keys_in(value)):
                 for _, _, token in self._literals.find(text):
                     raise SessionError(
-                        f"{session.location}: message {number} spells the control token "
+                        f"{session.location}: {where} spells the control token "
                         f"{token.literal!r}; remove it, or pass --literal-control-tokens escape "
                         "to keep it as text",
                         reason="control-token-in-text",

@@ -1,5 +1,6 @@
 """Segments -> runs of text and ids, and back with the runs encoded: one session's outline."""
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from megatron_multiturn.modes import (
     TARGET_CONTINUE,
 )
 from megatron_multiturn.run_encoder import TextRun
-from megatron_multiturn.templates import BOS, Document, Segment, Special
+from megatron_multiturn.templates import BOS, Document, Part, Segment, Special
 
 # How much text on either side of an edge decides how it is cut into tokens there, in characters.
 _EDGE_LEFT = 16
@@ -74,6 +75,7 @@ class Outliner:
         self._ids = ids
         unsafe = "|".join(map(re.escape, unsafe_literals))
         self._unsafe_pattern = re.compile(unsafe) if unsafe else None
+        self._longest_unsafe = max(map(len, unsafe_literals), default=0)
 
     def outline(self, document: Document, location: str, numbers: dict[TextRun, int]) -> Outline:
         """The document with its runs added to those of the batch."""
@@ -81,7 +83,7 @@ class Outliner:
         joined: list[bool] = []
         segments: list[tuple[int, list[int]]] = []
         edges: list[tuple[str, str]] = []
-        text_before = ""  # the run right before this point, if no special token stands between
+        text_before = ""  # all text right before this point, up to a special token
         goes_on = False
         for segment in document.segments:
             parts: list[int] = []
@@ -92,13 +94,15 @@ class Outliner:
                     text += part
                     continue
                 if text:
+                    if self._spells_across(text_before, text):
+                        text_before = ""
                     if text_before:
                         edges.append((text_before[-_EDGE_LEFT:], text[:_EDGE_RIGHT]))
                     run = (text, goes_on)
                     runs.append(numbers.setdefault(run, len(numbers)))
                     joined.append(bool(text_before))
                     parts.append(~runs[-1])
-                    text_before, text, goes_on = text, "", True
+                    text_before, text, goes_on = text_before + text, "", True
                 if part is not None:
                     token_id = None if part == _BREAK else self._special_id(part, location)
                     if token_id is not None:
@@ -115,16 +119,27 @@ class Outliner:
 
     def _safe_parts(self, segment: Segment) -> Iterator[str | Special]:
         """The parts; text that the tokenizer would read as a control token is broken up."""
-        for part in segment.parts:
-            if not isinstance(part, str) or self._unsafe_pattern is None:
+        if self._unsafe_pattern is None:
+            yield from segment.parts
+            return
+        for part in _join_texts(segment.parts):
+            if not isinstance(part, str):
                 yield part
                 continue
             done = 0
-            for match in self._unsafe_pattern.finditer(part):
+            # What is left of one literal may hold another.
+            while match := self._unsafe_pattern.search(part, done):
                 yield part[done : match.start() + 1]
                 yield _BREAK
                 done = match.start() + 1
             yield part[done:]
+
+    def _spells_across(self, left: str, right: str) -> bool:
+        """Whether the two texts spell, where they meet, what neither of them does."""
+        if not left or self._unsafe_pattern is None:
+            return False
+        reach = self._longest_unsafe - 1
+        return self._unsafe_pattern.search(left[-reach:] + right[:reach]) is not None
 
     def _special_id(self, special: Special, location: str) -> int | None:
         token_id = self._ids[special]
@@ -134,6 +149,15 @@ class Outliner:
                 "tokenizer does not have; use another tokenizer, or leave plain text out"
             )
         return token_id
+
+
+def _join_texts(parts: Sequence[Part]) -> Iterator[Part]:
+    """The parts, with texts that follow each other made one."""
+    for is_text, group in itertools.groupby(parts, lambda part: isinstance(part, str)):
+        if is_text:
+            yield "".join(part for part in group if isinstance(part, str))
+        else:
+            yield from group
 
 
 def _mode(segment: Segment) -> int:
