@@ -15,6 +15,14 @@ class ControlToken:
     strips_right: bool = False  # likewise after it
 
 
+def is_marked(literal: str) -> bool:
+    """Whether an added token is written as control tokens are, `<|fim_prefix|>` say.
+
+    Some vocabularies do not declare all of theirs special.
+    """
+    return re.fullmatch(r"<[|｜].+[|｜]>", literal) is not None
+
+
 class ControlLiterals:
     """Finds the literals of control tokens in text, the longest first."""
 

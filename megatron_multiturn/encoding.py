@@ -11,7 +11,7 @@ are given it in two pieces there.
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from megatron_multiturn.plain_chats import PlainChat
 from megatron_multiturn.run_encoder import RunEncoder
 from megatron_multiturn.sessions import Session
 from megatron_multiturn.supervision import select_answers
+from megatron_multiturn.template_input import keys_in, message_variables, texts_in
 from megatron_multiturn.templates import BOS, EOS, ChatTemplate, Document, Special
 from megatron_multiturn.vocabulary import Vocabulary
 
@@ -91,15 +92,16 @@ class SessionEncoder:
         sources: list[int] = []
         errors: list[tuple[int, SessionError]] = []
         totals: Counter[str] = Counter()
-        for source, session in enumerate(sessions):
-            try:
-                documents = self._add(batch, session)
-            except SessionError as error:
-                errors.append((source, error))
-                continue
-            sources += [source] * len(documents)
-            totals["num_open_turns"] += sum(document.num_open_turns for document in documents)
-            totals["num_rewritten_sessions"] += any(d.history_rewritten for d in documents)
+        with self._template.batch():
+            for source, session in enumerate(sessions):
+                try:
+                    documents = self._add(batch, session)
+                except SessionError as error:
+                    errors.append((source, error))
+                    continue
+                sources += [source] * len(documents)
+                totals["num_open_turns"] += sum(one.num_open_turns for one in documents)
+                totals["num_rewritten_sessions"] += any(one.history_rewritten for one in documents)
         return self._finish(batch, sessions, sources, errors, totals)
 
     def _add(self, batch: DocumentBatch, session: Session | PlainChat) -> Sequence[Document]:
@@ -109,10 +111,8 @@ class SessionEncoder:
                 return _ONE_DOCUMENT
             session = session.session()
         session = select_answers(session, self._train_on)
-        for number, message in enumerate(session.messages, start=1):
-            calls = (text for call in message.tool_calls for text in (call.name, call.arguments))
-            for text in (message.content, message.reasoning, *calls):
-                self._check_text(text, session.location, number)
+        if self._refuses_literals:
+            self._check_texts(session)
         if session.plain and self._ids[EOS] is None:
             raise ConfigError(
                 f"{session.location}: plain text ends with an end-of-sentence token, which the "
@@ -135,11 +135,11 @@ class SessionEncoder:
         contents = chat.contents
         if self._template.strips:
             contents = [content.strip() for content in contents]
-        if self._layout_maker.breaks_text and any(map(self._layout_maker.is_unsafe, contents)):
+        if self._layout_maker.is_unsafe(layout, contents):
             return False
         if self._refuses_literals:
             for number, content in enumerate(contents, start=1):
-                self._check_text(content, chat.location, number)
+                self._check_text(content, f"{chat.location}: message {number}")
         batch.fill(layout, contents)
         return True
 
@@ -215,13 +215,18 @@ class SessionEncoder:
         return found
 
     def _find_unsafe_literals(self) -> list[str]:
-        """The special tokens that the tokenizer reads out of plain text, the longest first.
+        """The control tokens that the tokenizer reads out of plain text, the longest first.
 
         SentencePiece does so with user-defined symbols, Hugging Face with tokens that were added
         but not declared special.
         """
-        ids = [token_id for token_id in self._ids.values() if token_id is not None]
-        literals = [self._vocabulary.literal_of(token_id) for token_id in ids]
+        found_ids = [token_id for token_id in self._ids.values() if token_id is not None]
+        by_literal = {self._vocabulary.literal_of(token_id): token_id for token_id in found_ids}
+        for token in self._vocabulary.control_tokens():
+            token_id = self._vocabulary.id_of(token.literal) if token.special else None
+            if token_id is not None:
+                by_literal.setdefault(token.literal, token_id)
+        literals, ids = list(by_literal), list(by_literal.values())
         encoded = self._vocabulary.encode(
             [text for literal in literals for text in (literal, f"a{literal}b")]
         )
@@ -241,14 +246,22 @@ class SessionEncoder:
                 tokens.setdefault(literal, ControlToken(literal=literal, special=True))
         return ControlLiterals([t for t in tokens.values() if t.special and t.literal.strip()])
 
-    def _check_text(self, text: str, location: str, number: int) -> None:
-        """Raise SessionError for a control token in a message, if it is to be refused."""
-        if not self._refuses_literals:
-            return
+    def _check_texts(self, session: Session) -> None:
+        """Refuse control tokens in whatever a template may write of a session."""
+        given: list[tuple[str, Any]] = [
+            (f"message {number}", message_variables(message))
+            for number, message in enumerate(session.messages, start=1)
+        ]
+        given += [("'tools'", session.tools), ("a variable", dict(session.template_variables))]
+        for where, value in given:
+            for text in (*(text for text, _ in texts_in(value)), *keys_in(value)):
+                self._check_text(text, f"{session.location}: {where}")
+
+    def _check_text(self, text: str, where: str) -> None:
         for _, _, token in self._literals.find(text):
             raise SessionError(
-                f"{location}: message {number} spells the control token {token.literal!r}; remove "
-                "it, or pass --literal-control-tokens escape to keep it as text",
+                f"{where} spells the control token {token.literal!r}; remove it, or pass "
+                "--literal-control-tokens escape to keep it as text",
                 reason="control-token-in-text",
             )
 

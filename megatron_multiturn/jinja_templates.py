@@ -16,16 +16,18 @@ is rendered once more with other characters in its place, which shows where they
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
 
 import jinja2
 
+from megatron_multiturn.containment import TemplateLimitError, bounded, bounded_session
 from megatron_multiturn.control_tokens import ControlLiterals, ControlToken
 from megatron_multiturn.errors import ConfigError, SessionError
 from megatron_multiturn.rendered_session import RenderedSession, render_checked
-from megatron_multiturn.sandbox import ChatSandbox, TemplateLimitError, contained
+from megatron_multiturn.sandbox import ChatSandbox
 from megatron_multiturn.sessions import Session
 from megatron_multiturn.templates import Document, Special, render_plain
 from megatron_multiturn.turn_spans import RenderedText, Span, cut_segments, is_closed, subtract
@@ -74,7 +76,7 @@ class JinjaTemplate:
             line = getattr(error, "lineno", None)
             raise ConfigError(
                 f"--chat-template {name}{f':{line}' if line else ''}: Jinja cannot read the "
-                f"template: {error}; correct it"
+                f"template: {getattr(error, 'message', None) or error}; correct it"
             ) from None
         self._source = source
         self._named_tokens = dict(named_tokens)
@@ -99,6 +101,9 @@ class JinjaTemplate:
             parts.append(options.now.isoformat())
         return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()
 
+    def batch(self) -> AbstractContextManager[None]:
+        return bounded()
+
     def documents(self, session: Session) -> list[Document]:
         if session.plain:
             return [Document(segments=render_plain(session))]
@@ -110,7 +115,7 @@ class JinjaTemplate:
             special_literals=self._special_literals,
         )
         try:
-            with contained():
+            with bounded_session():
                 return self._documents(rendered)
         except TemplateLimitError as error:
             raise SessionError(

@@ -13,7 +13,7 @@ sequence of roles is made once, with slots for the contents, and filled for ever
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -31,8 +31,6 @@ from megatron_multiturn.run_encoder import RunEncoder
 from megatron_multiturn.templates import Segment, Special
 
 Text = tuple[str | int, ...]  # literals, and numbers of slots
-# Ends a group without a token: what follows goes on, but is not joined with what stands before.
-_BREAK = Special(token="")
 _SLOT = re.compile("\ue000([0-9]+)\ue001")
 
 
@@ -61,16 +59,16 @@ class _Cutter:
     id_of: Callable[[Special], int | None]
     unsafe: re.Pattern[str] | None
     has_slots: bool
-    atoms: list[tuple[int, int | TextGroup]] = field(default_factory=list)
-    pieces: list[tuple[int, list[str | int]]] = field(default_factory=list)
+    atoms: list[tuple[int, int | TextGroup]] = field(default_factory=list)  # with their segments
+    pieces: list[tuple[int, list[str]]] = field(default_factory=list)  # of the open group
     goes_on: bool = False
 
     def add(self, segment: int, part: str | Special) -> None:
         if isinstance(part, str):
-            if self.unsafe is None:
-                self._add_text(segment, part)
-            else:
-                self._add_unsafe(segment, part)
+            if part and (not self.pieces or self.pieces[-1][0] != segment):
+                self.pieces.append((segment, []))
+            if part:
+                self.pieces[-1][1].append(part)
             return
         self._close()
         token_id = self.id_of(part)
@@ -82,41 +80,43 @@ class _Cutter:
         self._close()
         return self.atoms
 
-    def _add_unsafe(self, segment: int, text: str) -> None:
-        """Text that the tokenizer would read as a control token is broken up."""
-        assert self.unsafe is not None
-        done = 0
-        for match in self.unsafe.finditer(text):
-            self._add_text(segment, text[done : match.start() + 1])
-            self._close()
-            done = match.start() + 1
-        self._add_text(segment, text[done:])
-
-    def _add_text(self, segment: int, text: str) -> None:
-        if not text:
-            return
-        if not self.pieces or self.pieces[-1][0] != segment:
-            self.pieces.append((segment, []))
-        if not self.has_slots:
-            self.pieces[-1][1].append(text)
-            return
-        for index, item in enumerate(_SLOT.split(text)):
-            if index % 2:
-                self.pieces[-1][1].append(int(item))
-            elif item:
-                self.pieces[-1][1].append(item)
-
     def _close(self) -> None:
-        if not self.pieces:
-            return
-        group = TextGroup(
-            pieces=tuple(tuple(items) for _, items in self.pieces),
-            segments=tuple(segment for segment, _ in self.pieces),
-            goes_on=self.goes_on,
-        )
-        self.atoms.append((group.segments[0], group))
+        pieces = [(segment, "".join(texts)) for segment, texts in self.pieces]
         self.pieces = []
-        self.goes_on = True
+        for group in self._broken_up(pieces):
+            segments = tuple(segment for segment, _ in group)
+            texts = tuple(self._items(text) for _, text in group)
+            made = TextGroup(pieces=texts, segments=segments, goes_on=self.goes_on)
+            self.atoms.append((segments[0], made))
+            self.goes_on = True
+
+    def _broken_up(self, pieces: list[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
+        """The pieces; text that the tokenizer would read as a control token is cut in two.
+
+        What follows goes on, but is not joined with what stands before.
+        """
+        text = "".join(text for _, text in pieces)
+        cut = 0
+        # What is left of one literal may hold another.
+        while pieces and self.unsafe is not None and (match := self.unsafe.search(text, cut)):
+            size, cut = match.start() + 1 - cut, match.start() + 1
+            head: list[tuple[int, str]] = []
+            while size:
+                segment, piece = pieces.pop(0)
+                head.append((segment, piece[:size]))
+                if piece[size:]:
+                    pieces.insert(0, (segment, piece[size:]))
+                size -= len(head[-1][1])
+            yield head
+        if pieces:
+            yield pieces
+
+    def _items(self, text: str) -> Text:
+        if not self.has_slots:
+            return (text,)
+        return tuple(
+            int(item) if index % 2 else item for index, item in enumerate(_SLOT.split(text)) if item
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,14 +213,12 @@ class LayoutMaker:
         self._run_encoder = run_encoder
         self._pool = pool
 
-    @property
-    def breaks_text(self) -> bool:
-        """Whether the tokenizer reads control tokens out of text."""
-        return self._unsafe is not None
-
-    def is_unsafe(self, text: str) -> bool:
-        """Whether the text holds a literal that has to be broken up."""
-        return self._unsafe is not None and self._unsafe.search(text) is not None
+    def is_unsafe(self, layout: Layout, contents: Sequence[str]) -> bool:
+        """Whether a text of the filled layout holds a literal that has to be broken up."""
+        unsafe = self._unsafe
+        return unsafe is not None and any(
+            unsafe.search(fill_text(fill, contents)) for fill in layout.group_fills
+        )
 
     def make(self, segments: Sequence[Segment], *, has_slots: bool) -> Layout:
         """has_slots: whether it will be used again, so that what is constant is encoded here."""

@@ -238,7 +238,8 @@ def _map_in_order(work: "_Work", job: Job) -> Generator[_Encoded]:
     except BrokenProcessPool:
         raise MultiTurnError(
             "a worker process was killed, perhaps for want of memory; nothing was written: try "
-            f"again with fewer --workers than {job.num_workers}"
+            f"again with fewer --workers than {job.num_workers}, or, if a stack that ends in "
+            "<template> stands above, with another chat template"
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -257,12 +257,14 @@ def render_checked(
 ) -> str | None:
     """The rendering, its generation blocks marked; SessionError, or None, if it fails.
 
-    Raises ConfigError for a template that reaches for what it must not.
+    Raises ConfigError for a template that reaches for what it must not, and MemoryError.
     """
     try:
         return sandbox.render({"documents": None, **variables, "add_generation_prompt": prompt})
     except jinja2.exceptions.SecurityError as error:
         raise ConfigError(f"the chat template was stopped: {error}; use another one") from None
+    except MemoryError:
+        raise
     except Exception as error:  # a template can raise of every kind
         if not strict:
             return None

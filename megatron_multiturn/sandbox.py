@@ -5,15 +5,9 @@ A template sees what Hugging Face's chat templates expect (`raise_exception`, `s
 stopped where it takes more processor time, memory or output than any chat needs.
 """
 
-import contextlib
 import json
-import os
-import resource
-import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
-from types import FrameType
 from typing import Any
 
 import jinja2
@@ -24,19 +18,15 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
+from megatron_multiturn.containment import TemplateLimitError, bounded_session
+
 # Noncharacters: no text holds them. They stand around what a `{% generation %}` block writes.
 GENERATION_OPEN = "\ufdd0"
 GENERATION_CLOSE = "\ufdd1"
 
-_MAX_SECONDS = 5.0  # of processor time, for all renderings of a session
-_MAX_MEMORY_BYTES = 1 << 30  # beyond what the process has
 _MAX_OUTPUT_CHARACTERS = 1 << 26
 _MAX_INTEGER_BITS = 4096
 _MAX_REPEATED = 1 << 24  # elements of a sequence multiplied by a number
-
-
-class TemplateLimitError(BaseException):
-    """A template took too much. No Exception, which code under way might catch."""
 
 
 class TemplateRefusalError(jinja2.TemplateError):
@@ -94,7 +84,10 @@ class ChatSandbox:
     """Compiles and renders one template."""
 
     def __init__(self, source: str, *, now: datetime) -> None:
-        """Raises jinja2.TemplateSyntaxError. now: what `strftime_now` says."""
+        """Compile it; now: what `strftime_now` says.
+
+        Raises jinja2.TemplateSyntaxError, RecursionError and TemplateLimitError.
+        """
         environment = _Sandbox(
             trim_blocks=True,
             lstrip_blocks=True,
@@ -107,8 +100,9 @@ class ChatSandbox:
         environment.globals["strftime_now"] = _strftime(now)
         environment.globals["dict"] = _Dict()
         environment.globals["namespace"] = _Namespace
-        with contained():
+        with bounded_session():
             tree = environment.parse(source)
+            _refuse_other_files(tree)
             self._template = environment.from_string(source)
         self.has_markers = any(
             data.data == GENERATION_OPEN for data in tree.find_all(nodes.TemplateData)
@@ -123,6 +117,15 @@ class ChatSandbox:
         return text
 
 
+def _refuse_other_files(tree: nodes.Template) -> None:
+    kinds = (nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)
+    for node in tree.find_all(kinds):
+        raise jinja2.TemplateSyntaxError(
+            f"{{% {type(node).__name__.lower()} %}} reads another file, and a chat template is one",
+            node.lineno,
+        )
+
+
 def _literals(tree: nodes.Template) -> Iterator[str]:
     """All text that the template itself may write."""
     for data in tree.find_all(nodes.TemplateData):
@@ -130,51 +133,6 @@ def _literals(tree: nodes.Template) -> Iterator[str]:
     for constant in tree.find_all(nodes.Const):
         if isinstance(constant.value, str):
             yield constant.value + "\n"
-
-
-@contextlib.contextmanager
-def contained() -> Iterator[None]:
-    """Bound the processor time and the memory of what runs inside.
-
-    Raises TemplateLimitError. Time is only bound in a process's main thread.
-    """
-    with _bound_memory(), _bound_time():
-        try:
-            yield
-        except MemoryError:
-            raise TemplateLimitError(f"it takes {_MAX_MEMORY_BYTES:,} bytes of memory") from None
-
-
-@contextlib.contextmanager
-def _bound_memory() -> Iterator[None]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    with open("/proc/self/statm", "rb") as stream:
-        held = int(stream.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    bounds = [held + _MAX_MEMORY_BYTES]
-    bounds += [bound for bound in (soft, hard) if bound != resource.RLIM_INFINITY]
-    resource.setrlimit(resource.RLIMIT_AS, (min(bounds), hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-
-
-@contextlib.contextmanager
-def _bound_time() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGVTALRM, _out_of_time)
-    signal.setitimer(signal.ITIMER_VIRTUAL, _MAX_SECONDS)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)
-
-
-def _out_of_time(_number: int, _frame: FrameType | None) -> None:
-    raise TemplateLimitError(f"it runs for more than {_MAX_SECONDS:g} s")
 
 
 def _to_json(

@@ -14,6 +14,7 @@ of a long session. A `<s>` is left out if the vocabulary has none.
 
 import hashlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -89,6 +90,9 @@ class ChatTemplate(Protocol):
     def strips(self) -> bool:
         """Whether it leaves out white space at the head and the end of contents."""
 
+    def batch(self) -> AbstractContextManager[None]:
+        """What to stand in while `documents` is called for one session after another."""
+
     def documents(self, session: Session) -> list[Document]:
         """The documents that a session becomes; SessionError if it cannot be written."""
 
@@ -118,6 +122,9 @@ class BuiltInTemplate:
     def content_hash(self) -> str:
         """A hash of how a session of every kind comes out."""
         return hashlib.sha256(repr([self._probed(probe) for probe in _PROBES]).encode()).hexdigest()
+
+    def batch(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def documents(self, session: Session) -> list[Document]:
         return [Document(segments=self.render(session))]

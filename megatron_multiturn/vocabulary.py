@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from megatron_multiturn.control_tokens import ControlToken
+from megatron_multiturn.control_tokens import ControlToken, is_marked
 from megatron_multiturn.errors import ConfigError
 
 
@@ -194,7 +194,7 @@ class HuggingFaceVocabulary:
         return [
             ControlToken(
                 literal=literal,
-                special=literal in special or added[literal].special,
+                special=literal in special or added[literal].special or is_marked(literal),
                 strips_left=literal in added and added[literal].lstrip,
                 strips_right=literal in added and added[literal].rstrip,
             )
