@@ -172,7 +172,7 @@ def _read_line_blocks(
     offset, line = place.offset, place.line
     held: list[bytes] = []  # of a line that goes on
     num_held = 0
-    is_over = False
+    is_over = part.end is not None and offset >= part.end
     while not is_over:
         data = stream.read(_BLOCK_BYTES)
         cut = data.rfind(b"\n") + 1
