@@ -75,9 +75,9 @@ def test_every_record_is_in_one_shard(
         for part in cut_shard(paths, Shard(index=count // 2, count=count)):
             blocks = list(read_blocks(part))
             for number, block in enumerate(blocks):
-                rest = [one.records() for one in read_blocks(part, block.end)]
-                left = [one.records() for one in blocks[number + 1 :]]
-                assert [list(each) for each in rest] == [list(each) for each in left]
+                rest = [one for each in read_blocks(part, block.end) for one in each.records()]
+                left = [one for each in blocks[number + 1 :] for one in each.records()]
+                assert rest == left
 
 
 def test_shards_are_of_like_size(tmp_path: Path) -> None:
