@@ -82,6 +82,10 @@ class SessionEncoder:
         self._literals = self._control_literals()
 
     @property
+    def template(self) -> ChatTemplate:
+        return self._template
+
+    @property
     def omits_bos(self) -> bool:
         """Whether the template opens with a BOS that the vocabulary does not have."""
         return self._ids[BOS] is None and self._template.opens_with_bos

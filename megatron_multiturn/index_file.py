@@ -10,12 +10,14 @@
 Everything is little-endian, as on every machine that Megatron runs on.
 """
 
+import os
 import struct
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
 from megatron_multiturn.errors import DatasetError
 
@@ -47,31 +49,58 @@ def smallest_token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 def read_index(path: str) -> Index:
     """Memory-map an .idx; raises DatasetError if it is not one, or not one with modes."""
+    data = np.memmap(path, dtype=np.uint8, mode="r")
+    token_dtype, columns = _read_header(path, data[: _HEADER.size].tobytes(), len(data))
+    return Index(
+        token_dtype=token_dtype,
+        **{
+            name: np.ndarray(count, dtype, buffer=data, offset=offset)
+            for name, (dtype, count, offset) in columns.items()
+        },
+    )
+
+
+def index_blocks(path: str, name: str) -> Iterator[NDArray[Any]]:
+    """A column of an .idx, named as in `Index`, in blocks that are read, not mapped.
+
+    Raises DatasetError if the file is not an index with modes.
+    """
+    with open(path, "rb") as stream:
+        _, columns = _read_header(path, stream.read(_HEADER.size), os.path.getsize(path))
+        dtype, count, offset = columns[name]
+        stream.seek(offset)
+        while count:
+            block = np.fromfile(stream, dtype, min(count, _CHUNK))
+            count -= len(block)
+            yield block
+
+
+def _read_header(
+    path: str, header: bytes, num_bytes: int
+) -> tuple[np.dtype[Any], dict[str, tuple[np.dtype[Any], int, int]]]:
+    """The dtype of the tokens, and of each column (dtype, count, offset in the file)."""
     broken = DatasetError(
         f"{path}: not an index of Megatron's with modes, or cut off; preprocess again"
     )
-    data = np.memmap(path, dtype=np.uint8, mode="r")
-    if len(data) < _HEADER.size:
+    if len(header) < _HEADER.size:
         raise broken
-    magic, version, code, num_segments, num_starts = _HEADER.unpack(data[: _HEADER.size].tobytes())
+    magic, version, code, num_segments, num_starts = _HEADER.unpack(header)
     if (magic, version) != (_MAGIC, _VERSION) or code not in _DTYPE_OF_CODE:
         raise broken
-    if len(data) != _HEADER.size + num_segments * (4 + 8 + 1) + num_starts * 8:
+    columns = {}
+    offset = _HEADER.size
+    for name, kind, count in (
+        ("segment_lengths", np.int32, num_segments),
+        ("byte_offsets", np.int64, num_segments),
+        ("first_segments", np.int64, num_starts),
+        ("modes", np.int8, num_segments),
+    ):
+        dtype: np.dtype[Any] = np.dtype(kind)
+        columns[name] = (dtype, count, offset)
+        offset += count * dtype.itemsize
+    if num_bytes != offset:
         raise broken
-    at = _HEADER.size
-
-    def take(dtype: DTypeLike, count: int) -> NDArray[Any]:
-        nonlocal at
-        start, at = at, at + count * np.dtype(dtype).itemsize
-        return np.ndarray(count, dtype, buffer=data, offset=start)
-
-    return Index(
-        token_dtype=_DTYPE_OF_CODE[code],
-        segment_lengths=take(np.int32, num_segments),
-        byte_offsets=take(np.int64, num_segments),
-        first_segments=take(np.int64, num_starts),
-        modes=take(np.int8, num_segments),
-    )
+    return _DTYPE_OF_CODE[code], columns
 
 
 def write_index(
@@ -83,15 +112,48 @@ def write_index(
     modes: NDArray[np.int8],
 ) -> None:
     """Write an .idx; the byte offsets follow from the lengths."""
-    num_segments = len(segment_lengths)
+    write_index_blocks(
+        stream,
+        token_dtype=token_dtype,
+        num_segments=len(segment_lengths),
+        num_sessions=len(first_segments) - 1,
+        segment_lengths=lambda: _blocks_of(segment_lengths),
+        session_ends=lambda: _blocks_of(first_segments[1:]),
+        modes=lambda: _blocks_of(modes),
+    )
+
+
+def write_index_blocks(
+    stream: BinaryIO,
+    *,
+    token_dtype: np.dtype[Any],
+    num_segments: int,
+    num_sessions: int,
+    segment_lengths: Callable[[], Iterable[NDArray[np.int32]]],
+    session_ends: Callable[[], Iterable[NDArray[np.int64]]],
+    modes: Callable[[], Iterable[NDArray[np.int8]]],
+) -> None:
+    """Write an .idx from columns that come in blocks, each of them anew at every call.
+
+    session_ends: first_segments without its leading 0.
+    """
     code = _CODE_OF_DTYPE[token_dtype]
-    stream.write(_HEADER.pack(_MAGIC, _VERSION, code, num_segments, len(first_segments)))
-    stream.write(segment_lengths.astype(np.int32, copy=False).tobytes())
+    stream.write(_HEADER.pack(_MAGIC, _VERSION, code, num_segments, num_sessions + 1))
+    for lengths in segment_lengths():
+        stream.write(lengths.astype(np.int32, copy=False).tobytes())
     offset = 0
-    for start in range(0, num_segments, _CHUNK):
-        num_bytes = segment_lengths[start : start + _CHUNK].astype(np.int64) * token_dtype.itemsize
+    for lengths in segment_lengths():
+        num_bytes = lengths.astype(np.int64) * token_dtype.itemsize
         ends = np.cumsum(num_bytes) + offset
         stream.write((ends - num_bytes).tobytes())
         offset = int(ends[-1])
-    stream.write(first_segments.astype(np.int64, copy=False).tobytes())
-    stream.write(modes.astype(np.int8, copy=False).tobytes())
+    stream.write(np.zeros(1, dtype=np.int64).tobytes())
+    for ends in session_ends():
+        stream.write(ends.astype(np.int64, copy=False).tobytes())
+    for block in modes():
+        stream.write(block.astype(np.int8, copy=False).tobytes())
+
+
+def _blocks_of(array: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    for start in range(0, len(array), _CHUNK):
+        yield array[start : start + _CHUNK]

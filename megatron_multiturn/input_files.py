@@ -8,7 +8,7 @@ import glob
 import io
 import os
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -60,7 +60,7 @@ def open_decoded(path: str) -> io.BufferedReader:
         raw = _Checked(_ZstdReader(stream, path), path, "zstd")
     else:
         return stream
-    decoded = io.BufferedReader(raw, _BUFFER_BYTES)
+    decoded = _DecodedReader(raw, stream)
     if decoded.peek(4)[:4] == _PARQUET_MAGIC:
         decoded.close()
         raise ConfigError(
@@ -70,21 +70,32 @@ def open_decoded(path: str) -> io.BufferedReader:
     return decoded
 
 
+def raw_position(stream: io.BufferedReader) -> int:
+    """How many bytes of its file a stream of `open_decoded` has read; about, for packed files."""
+    return (stream.source if isinstance(stream, _DecodedReader) else stream).tell()
+
+
 def is_parquet(path: str) -> bool:
+    return _first_bytes(path) == _PARQUET_MAGIC
+
+
+def is_plain(path: str) -> bool:
+    """Whether a file holds its records as they are: neither packed nor Parquet."""
+    start = _first_bytes(path)
+    return start not in (_ZSTD_MAGIC, _PARQUET_MAGIC) and not start.startswith(_GZIP_MAGIC)
+
+
+def _first_bytes(path: str) -> bytes:
     with _open(path) as stream:
-        return stream.peek(4)[:4] == _PARQUET_MAGIC
+        return stream.peek(4)[:4]
 
 
-def decoded_bytes(paths: Iterable[str]) -> int | None:
-    """How many bytes of records the files hold; None if that is not known beforehand."""
-    total = 0
-    for path in paths:
-        with _open(path) as stream:
-            start = stream.peek(4)[:4]
-        if start in (_ZSTD_MAGIC, _PARQUET_MAGIC) or start.startswith(_GZIP_MAGIC):
-            return None
-        total += os.path.getsize(path)
-    return total
+class _DecodedReader(io.BufferedReader):
+    """Decompressed bytes, and the stream that they come from."""
+
+    def __init__(self, raw: Any, source: io.BufferedReader) -> None:
+        super().__init__(raw, _BUFFER_BYTES)
+        self.source = source
 
 
 def _files_in(folder: str) -> list[str]:

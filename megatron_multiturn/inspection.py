@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,7 +14,13 @@ from megatron_multiturn.dataset_statistics import format_statistics
 from megatron_multiturn.decoding import RunDecoder, open_decoder
 from megatron_multiturn.errors import ConfigError, DatasetError, MultiTurnError
 from megatron_multiturn.packing import PackPlan, pack
-from megatron_multiturn.row_view import ShownPiece, Style, format_pieces
+from megatron_multiturn.row_view import (
+    ShownPiece,
+    Style,
+    format_pieces,
+    terminal_style,
+    use_color,
+)
 from megatron_multiturn.samples import RowFormat
 from megatron_multiturn.store import SessionStore
 from megatron_multiturn.tokenizer_flags import add_tokenizer_flags, build_tokenizer
@@ -23,7 +28,6 @@ from megatron_multiturn.vocabulary import tokenizer_fingerprint
 from megatron_multiturn.windows import LONG_SESSION_POLICIES, CutReport, PieceTable, cut_sessions
 
 _DEFAULT_SEQUENCE_LENGTH = 4096
-_MIN_WIDTH, _MAX_WIDTH = 60, 100
 _MEGATRON_SEED = 1234  # the default of Megatron's --seed
 
 
@@ -75,13 +79,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def use_color(choice: str, *, is_terminal: bool) -> bool:
-    """Whether to colour the output, by --color and the usual conventions."""
-    if choice != "auto":
-        return choice == "always"
-    return is_terminal and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
-
-
 def _run(args: argparse.Namespace, color: bool) -> str:
     if not args.stats and args.tokenizer_model is None:
         raise ConfigError(
@@ -95,8 +92,7 @@ def _run(args: argparse.Namespace, color: bool) -> str:
         sequence_length = args.seq_length or _DEFAULT_SEQUENCE_LENGTH
         plan, report = _plan(store, args, range(store.num_sessions), sequence_length)
         return format_statistics(store, sequence_length, report, plan.stats)
-    columns = shutil.get_terminal_size(fallback=(_MAX_WIDTH, 0)).columns
-    style = Style(color=color, width=min(max(columns, _MIN_WIDTH), _MAX_WIDTH))
+    style = terminal_style(color)
     if args.session is None:
         return _show_row(store, args, style)
     return _show_session(store, args, style)

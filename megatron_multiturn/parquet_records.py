@@ -4,9 +4,11 @@ A Parquet struct has all its fields in every row, so that a field which is null 
 does not have; it is left out of the object.
 """
 
+import contextlib
 import datetime
 import decimal
 import json
+import os
 import uuid
 from collections.abc import Iterator
 from types import ModuleType
@@ -18,23 +20,54 @@ _BATCH_ROWS = 256
 _BUFFER_BYTES = 1 << 20
 
 
-def read_rows(path: str) -> Iterator[tuple[bytes, int, int]]:
-    """(JSON text, row, row group) of every row, both counted from 1; rows over the whole file.
+def read_rows(
+    path: str, first_group: int = 0, stop_group: int | None = None, first_row: int = 0
+) -> Iterator[tuple[bytes, int, int, int]]:
+    """(JSON text, row, row group, bytes of the file up to the row) of the rows of some row groups.
 
-    Raises ConfigError without pyarrow, and for a file that is broken or holds no row.
+    Rows and row groups are counted from 1 over the whole file, the bytes are about; first_row:
+    counted from 0, those before it are left out. Raises ConfigError without pyarrow, and for a
+    file that is broken or holds no row.
     """
+    with _opened(path) as file:
+        metadata = file.metadata
+        if not metadata.num_rows:
+            raise ConfigError(f"{path}: the file holds no row; leave it out of --input")
+        num_bytes = os.path.getsize(path)
+        row = 0
+        for group in range(file.num_row_groups if stop_group is None else stop_group):
+            num_rows = metadata.row_group(group).num_rows
+            if group < first_group or row + num_rows <= first_row:
+                row += num_rows
+                continue
+            for batch in file.iter_batches(_BATCH_ROWS, row_groups=[group]):
+                for data in _rows_of(batch, f"{path}:{row + 1}"):
+                    row += 1
+                    if row > first_row:
+                        yield data, row, group + 1, num_bytes * row // metadata.num_rows
+
+
+def num_row_groups(path: str) -> int:
+    """How many row groups the file has; ConfigError if it is broken."""
+    with _opened(path) as file:
+        return int(file.num_row_groups)
+
+
+def num_rows_before(path: str, group: int) -> int:
+    """The rows of the row groups before one; ConfigError if the file is broken."""
+    if not group:
+        return 0
+    with _opened(path) as file:
+        return sum(file.metadata.row_group(number).num_rows for number in range(group))
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[Any]:
     pyarrow, parquet = _import_parquet(path)
     try:
         # A row group can be a whole file; with a buffer it is not held as a whole.
         with parquet.ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
-            if not file.metadata.num_rows:
-                raise ConfigError(f"{path}: the file holds no row; leave it out of --input")
-            row = 0
-            for group in range(file.num_row_groups):
-                for batch in file.iter_batches(_BATCH_ROWS, row_groups=[group]):
-                    for data in _rows_of(batch, f"{path}:{row + 1}"):
-                        row += 1
-                        yield data, row, group + 1
+            yield file
     except (pyarrow.ArrowException, OSError) as error:
         what = " ".join(str(error).split())
         raise ConfigError(

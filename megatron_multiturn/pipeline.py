@@ -1,46 +1,57 @@
-"""Input files -> dataset: read, encode in worker processes, write in order.
+"""Input files -> dataset: read, encode in worker processes, write in order, go on after a kill.
 
-The parent reads raw records and writes; workers parse, render and encode. Chunks are cut by their
-bytes and come back in order, so the output does not depend on the number of workers.
+The parent reads blocks of records and writes; workers parse, render and encode. Blocks come back
+in order and what they become does not depend on where they were cut, so the output is the same
+for any number of workers and however often the run was killed.
 """
 
 import contextlib
-import json
-import multiprocessing
+import dataclasses
 import os
-import signal
-import threading
 import time
-from collections import Counter, deque
-from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TextIO
+from typing import Any
 
-from tqdm import tqdm
+import numpy as np
 
-from megatron_multiturn.encoding import EncodedBatch, SessionEncoder
-from megatron_multiturn.errors import ConfigError, MultiTurnError, SessionError
-from megatron_multiturn.input_files import decoded_bytes
-from megatron_multiturn.manifest import Counts, TemplateIdentity, describe_input
-from megatron_multiturn.records import RawRecord, check_input_files, read_records
-from megatron_multiturn.session_writer import SessionWriter, output_paths
-from megatron_multiturn.sessions import parse_session
-from megatron_multiturn.supervision import select_answers
-from megatron_multiturn.templates import ChatTemplate
+from megatron_multiturn._version import __version__
+from megatron_multiturn.batch_checks import session_lengths
+from megatron_multiturn.encoding import SessionEncoder
+from megatron_multiturn.encoding_pool import EncodedBlock, Work, encode_blocks
+from megatron_multiturn.errors import ConfigError
+from megatron_multiturn.journal import (
+    ENCODING,
+    PLACING,
+    JournalKeeper,
+    RunState,
+    journal_of,
+    journal_to_go_on_from,
+)
+from megatron_multiturn.manifest import (
+    Counts,
+    InputFile,
+    TemplateIdentity,
+    describe_input,
+)
+from megatron_multiturn.progress import Progress
+from megatron_multiturn.record_blocks import Block, FilePart, FilePlace, LineBlock
+from megatron_multiturn.records import read_blocks
+from megatron_multiturn.session_writer import (
+    SessionWriter,
+    all_output_paths,
+    place_files,
+    state_from_json,
+)
+from megatron_multiturn.shard_files import ShardFile
+from megatron_multiturn.shards import Shard, cut_shard
+from megatron_multiturn.spooled_columns import column_blocks
+from megatron_multiturn.tally import LengthHistogram, Pace, Tally
+from megatron_multiturn.unfinished import UnfinishedRun, changed_settings
 from megatron_multiturn.vocabulary import TokenizerIdentity
 
-_CHUNK_BYTES = 1 << 18
-_CHUNKS_PER_WORKER = 4
-_PARENT_CHECK_SECONDS = 1.0
-_TOTALS = (
-    "num_unknown_tokens",
-    "num_lossy_sessions",
-    "num_recut_sessions",
-    "num_open_turns",
-    "num_rewritten_sessions",
-)
+_HASHING_THREADS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,12 +59,14 @@ class Job:
     """What to preprocess, and how."""
 
     inputs: tuple[str, ...]
-    prefix: str
+    prefix: str  # of the outputs; of a shard its own
+    shard: Shard | None
     form: str  # a key of sessions.FORMATS, or "auto"
     train_on: str  # a key of supervision.TRAIN_ON
     skip_bad_sessions: bool
     num_workers: int
     overwrite: bool
+    flags: Mapping[str, Any]  # all that decide what is written, by name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,85 +74,62 @@ class Summary:
     """What came of it."""
 
     counts: Counts
-    num_unknown_tokens: int
-    num_lossy_sessions: int
-    num_recut_sessions: int
-    num_open_turns: int
-    num_rewritten_sessions: int
-    omits_bos: bool
-    seconds: float
+    tally: Tally
+    lengths: LengthHistogram
+    pace: Pace | None  # None: an earlier run did it all
     rejected_path: str | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Chunk:
-    records: list[RawRecord]
-    num_bytes: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Rejected:
-    record: RawRecord
-    error: SessionError
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Encoded:
-    """A chunk, encoded."""
-
-    batch: EncodedBatch
-    locations: list[str]  # of the sessions of the batch
-    rejected: list[_Rejected]  # in input order
-    num_bytes: int
-
-
-def rejected_path(prefix: str) -> str:
-    return prefix + ".rejected.jsonl"
-
-
 def preprocess_sessions(
-    job: Job, encoder: SessionEncoder, *, tokenizer: TokenizerIdentity, template: ChatTemplate
+    job: Job,
+    encoder: SessionEncoder,
+    run: UnfinishedRun,
+    *,
+    tokenizer: TokenizerIdentity,
+    template: TemplateIdentity,
 ) -> Summary:
-    """Write the dataset, and PREFIX.rejected.jsonl if sessions were left out.
+    """Write the dataset, or the shard, and PREFIX.rejected.jsonl if sessions were left out.
 
-    Raises ConfigError for what makes the run impossible, SessionError for the first bad session
-    unless they are skipped; nothing is written then.
+    run: of the job's prefix, entered. Raises ConfigError for what makes the run impossible,
+    SessionError for the first bad session unless they are skipped; no dataset appears then.
     """
-    check_input_files(list(job.inputs))
-    check_outputs(job)
-    started = time.perf_counter()
-    identity = TemplateIdentity(name=template.name, content_hash=template.content_hash)
-    writer = SessionWriter(job.prefix, tokenizer=tokenizer, template=identity)
-    rejected: Counter[str] = Counter()
-    totals: Counter[str] = Counter()
-    first_error: SessionError | None = None
-    with (
-        writer,
-        _rejected_file(job) as rejected_file,
-        contextlib.closing(_encode_all(job, encoder)) as chunks,
-    ):
-        for chunk in chunks:
-            for bad in chunk.rejected:
-                if not job.skip_bad_sessions:
-                    raise bad.error
-                first_error = first_error or bad.error
-                rejected[bad.error.reason] += 1
-                rejected_file.write(_rejected_line(bad))
-            writer.add(chunk.batch, chunk.locations)
-            totals.update(chunk.batch.totals)
-        if not writer.counts.sessions:
-            raise ConfigError(
-                f"all {rejected.total():,} sessions were rejected, so there is nothing to write; "
-                f"the first: {first_error}"
-            )
-        writer.describe(rejected=rejected, inputs=[describe_input(path) for path in job.inputs])
-    return Summary(
-        counts=writer.counts,
-        **{name: totals[name] for name in _TOTALS},
-        omits_bos=encoder.omits_bos,
-        seconds=time.perf_counter() - started,
-        rejected_path=rejected_path(job.prefix) if rejected else None,
+    settings = _settings(job, tokenizer, template)
+    journal = journal_to_go_on_from(run, settings, overwrite=job.overwrite)
+    progress = RunState.from_json(journal["progress"]) if journal else RunState()
+    if journal and journal["phase"] == PLACING:
+        place_files(run.folder, job.prefix)
+        summary = _summary_of_journal(job, journal, progress, run)
+        run.forget()
+        return summary
+    state = state_from_json(journal["writer"]) if journal else None
+    writer = SessionWriter(
+        job.prefix, tokenizer=tokenizer, template=template, folder=run.folder, state=state
     )
+    started = time.perf_counter()
+    before = (writer.counts, progress.tally.num_rejected, progress.raw_bytes)
+    with writer:
+        _encode(job, encoder, run, writer, progress, settings)
+        _finish(job, writer, progress, settings, tokenizer, template)
+        lengths = LengthHistogram(writer.columns.blocks("session_lengths", np.int32))
+        summary = Summary(
+            counts=writer.counts,
+            tally=progress.tally,
+            lengths=lengths,
+            pace=Pace(
+                seconds=time.perf_counter() - started,
+                sessions=writer.counts.sessions
+                - before[0].sessions
+                + progress.tally.num_rejected
+                - before[1],
+                input_bytes=progress.raw_bytes - before[2],
+                tokens=writer.counts.tokens - before[0].tokens,
+            ),
+            rejected_path=job.prefix + ".rejected.jsonl" if progress.tally.rejected else None,
+        )
+        run.write(journal_of(PLACING, settings, writer, progress))
+    place_files(run.folder, job.prefix)
+    run.forget()
+    return summary
 
 
 def check_outputs(job: Job) -> None:
@@ -149,7 +139,7 @@ def check_outputs(job: Job) -> None:
             f"--output-prefix {job.prefix}: is a folder; name the files in it too, for example "
             f"{os.path.join(job.prefix, 'sessions')}"
         )
-    for path in (*output_paths(job.prefix), rejected_path(job.prefix)):
+    for path in all_output_paths(job.prefix):
         if os.path.exists(path):
             if not job.overwrite:
                 raise ConfigError(
@@ -161,155 +151,129 @@ def check_outputs(job: Job) -> None:
                 )
 
 
-@contextlib.contextmanager
-def _rejected_file(job: Job) -> Iterator[TextIO]:
-    """The file of rejected sessions; it appears if the block ends well and wrote to it."""
-    path = rejected_path(job.prefix)
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "w", encoding="utf-8") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-            num_bytes = stream.tell()
-        if num_bytes:
-            os.replace(temporary, path)
-        elif job.overwrite:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+def input_stamps(inputs: Sequence[str]) -> list[list[Any]]:
+    """(path, bytes, time of the last change in nanoseconds) of each file."""
+    return [[path, os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in inputs]
 
 
-def _rejected_line(bad: _Rejected) -> str:
-    entry = {
-        "location": bad.record.location,
-        "reason": bad.error.reason,
-        "message": str(bad.error),
-        "record": bad.record.data.decode("utf-8", "backslashreplace"),
+def _settings(job: Job, tokenizer: TokenizerIdentity, template: TemplateIdentity) -> dict[str, Any]:
+    """All that decides what is written; the values as JSON would give them back."""
+    return {
+        **job.flags,
+        "--input": input_stamps(job.inputs),
+        "--shard": f"{job.shard.index}/{job.shard.count}" if job.shard else None,
+        "the tokenizer": list(dataclasses.astuple(tokenizer)),
+        "the template": list(dataclasses.astuple(template)),
+        "the version of this package": __version__,
     }
-    return json.dumps(entry, ensure_ascii=False) + "\n"
 
 
-def _encode_all(job: Job, encoder: SessionEncoder) -> Generator[_Encoded]:
-    """The encoded chunks of all files, in order, with a progress bar on a terminal."""
-    work = _Work(encoder=encoder, form=job.form, train_on=job.train_on)
-    with contextlib.ExitStack() as stack:
-        # The pool forks first: the bar starts a thread.
-        encoded = stack.enter_context(contextlib.closing(_map_in_order(work, job)))
-        bar = stack.enter_context(
-            tqdm(
-                total=decoded_bytes(job.inputs),
-                unit="B",
-                unit_scale=True,
-                disable=None,
-                desc="preprocess",
-            )
-        )
-        num_sessions = 0
-        for chunk in encoded:
-            yield chunk
-            num_sessions += chunk.batch.num_sessions
-            bar.set_postfix_str(f"{num_sessions:,} sessions", refresh=False)
-            bar.update(chunk.num_bytes)
-
-
-def _map_in_order(work: "_Work", job: Job) -> Generator[_Encoded]:
-    chunks = _cut_chunks(record for path in job.inputs for record in read_records(path))
-    if job.num_workers == 1:
-        yield from map(work.encode_chunk, chunks)
-        return
-    pool = ProcessPoolExecutor(
-        job.num_workers,
-        # A forked worker has the tokenizer already; Megatron runs where there is fork.
-        mp_context=multiprocessing.get_context("fork"),
-        initializer=_start_worker,
-        initargs=(work, os.getpid()),
+def _summary_of_journal(
+    job: Job, journal: dict[str, Any], progress: RunState, run: UnfinishedRun
+) -> Summary:
+    lengths = LengthHistogram(column_blocks(run.folder, "session_lengths", np.int32))
+    return Summary(
+        counts=Counts(**journal["counts"]),
+        tally=progress.tally,
+        lengths=lengths,
+        pace=None,
+        rejected_path=job.prefix + ".rejected.jsonl" if progress.tally.rejected else None,
     )
-    try:
-        pending: deque[Future[_Encoded]] = deque()
-        for chunk in chunks:
-            pending.append(pool.submit(_encode_in_worker, chunk))
-            if len(pending) >= job.num_workers * _CHUNKS_PER_WORKER:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool:
-        raise MultiTurnError(
-            "a worker process was killed, perhaps for want of memory; nothing was written: try "
-            f"again with fewer --workers than {job.num_workers}, or, if a stack that ends in "
-            "<template> stands above, with another chat template"
-        ) from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _cut_chunks(records: Iterable[RawRecord]) -> Iterator[_Chunk]:
-    held: list[RawRecord] = []
-    num_bytes = 0
-    for record in records:
-        held.append(record)
-        num_bytes += len(record.data) + 1
-        if num_bytes >= _CHUNK_BYTES:
-            yield _Chunk(records=held, num_bytes=num_bytes)
-            held, num_bytes = [], 0
-    if held:
-        yield _Chunk(records=held, num_bytes=num_bytes)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Work:
-    """What a worker does with a chunk."""
-
-    encoder: SessionEncoder
-    form: str
-    train_on: str
-
-    def encode_chunk(self, chunk: _Chunk) -> _Encoded:
-        sessions = []
-        errors: dict[int, SessionError] = {}  # by number of the record
-        parsed: list[int] = []
-        for number, record in enumerate(chunk.records):
-            try:
-                session = parse_session(record, form=self.form)
-                sessions.append(select_answers(session, self.train_on))
-                parsed.append(number)
-            except SessionError as error:
-                errors[number] = error
-        batch = self.encoder.encode(sessions)
-        errors |= {parsed[source]: error for source, error in batch.errors}
-        return _Encoded(
-            batch=batch,
-            locations=[sessions[source].location for source in batch.sources.tolist()],
-            rejected=[
-                _Rejected(record=chunk.records[number], error=errors[number])
-                for number in sorted(errors)
-            ],
-            num_bytes=chunk.num_bytes,
+def _encode(
+    job: Job,
+    encoder: SessionEncoder,
+    run: UnfinishedRun,
+    writer: SessionWriter,
+    progress: RunState,
+    settings: dict[str, Any],
+) -> None:
+    """Read, encode and write the rest of the input; `progress` moves on."""
+    parts = cut_shard(job.inputs, job.shard)
+    sizes = [part.raw_end - part.raw_begin for part in parts]
+    work = Work(encoder=encoder, form=job.form, train_on=job.train_on)
+    blocks = _blocks(parts, progress.part, progress.place)
+    with contextlib.ExitStack() as stack:
+        # The pool forks first: the bar and the journal start threads.
+        encoded = stack.enter_context(
+            contextlib.closing(encode_blocks(work, blocks, job.num_workers))
         )
+        bar = stack.enter_context(contextlib.closing(Progress(sum(sizes), progress.raw_bytes)))
+        journal = stack.enter_context(contextlib.closing(JournalKeeper(run, writer)))
+        for part, block, result in encoded:
+            if result.rejected and not job.skip_bad_sessions:
+                raise result.rejected[0][1]
+            _write(writer, progress.tally, result)
+            progress.part, progress.place = part, block.end
+            done = min(max(0, block.raw_position - parts[part].raw_begin), sizes[part])
+            progress.raw_bytes = sum(sizes[:part]) + done
+            if isinstance(block, LineBlock) and not parts[part].is_whole:
+                progress.part_lines[block.path] = block.end.line - 1
+            bar.update(progress.raw_bytes, result.batch.num_sessions + len(result.rejected))
+            journal.keep(lambda: journal_of(ENCODING, settings, writer, progress))
+        progress.raw_bytes = sum(sizes)
 
 
-_worker_work: _Work | None = None
+def _write(writer: SessionWriter, tally: Tally, result: EncodedBlock) -> None:
+    tally.add_rejected(result.rejected)
+    writer.add_rejected(result.rejected_lines)
+    writer.add(result.batch, result.locations)
+    tally.add_batch(result.batch, session_lengths(result.batch), result.locations)
 
 
-def _start_worker(work: _Work, parent: int) -> None:
-    global _worker_work
-    _worker_work = work
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    # The parent cleans up on either signal, and ends its workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
+def _blocks(
+    parts: Sequence[FilePart], first: int, place: FilePlace | None
+) -> Iterator[tuple[int, Block]]:
+    """(number of the part, block) of the input from a place on."""
+    for number in range(first, len(parts)):
+        for block in read_blocks(parts[number], place):
+            yield number, block
+        place = None
 
 
-def _end_with_parent(parent: int) -> None:
-    """A killed parent cannot end its workers, which would wait for work for ever."""
-    while os.getppid() == parent:
-        time.sleep(_PARENT_CHECK_SECONDS)
-    os._exit(1)
+def _finish(
+    job: Job,
+    writer: SessionWriter,
+    progress: RunState,
+    settings: dict[str, Any],
+    tokenizer: TokenizerIdentity,
+    template: TemplateIdentity,
+) -> None:
+    """Make the files whole in the folder."""
+    changed = changed_settings(
+        {path: stamp for path, *stamp in settings["--input"]},
+        {path: stamp for path, *stamp in input_stamps(job.inputs)},
+    )
+    if changed:
+        raise ConfigError(f"{changed[0]} file than it was when the run began; begin again")
+    tally = progress.tally
+    if job.shard is not None:
+        shard = ShardFile.of_run(
+            writer,
+            job.shard,
+            tally=tally,
+            settings={**settings, "--shard": job.shard.count},
+            part_lines=progress.part_lines,
+            tokenizer=tokenizer,
+            template=template,
+        )
+        writer.write_last("shard", shard.to_json())
+        return
+    if not writer.counts.sessions:
+        raise ConfigError(all_rejected(tally))
+    writer.describe(rejected=tally.rejected_counts(), inputs=describe_inputs(job.inputs))
+    writer.finish()
 
 
-def _encode_in_worker(chunk: _Chunk) -> _Encoded:
-    assert _worker_work is not None
-    return _worker_work.encode_chunk(chunk)
+def all_rejected(tally: Tally) -> str:
+    return (
+        f"all {tally.num_rejected:,} sessions were rejected, so there is nothing to write; "
+        f"the first: {tally.first_message}"
+    )
+
+
+def describe_inputs(paths: Sequence[str]) -> list[InputFile]:
+    """Size and hash of each file."""
+    with ThreadPoolExecutor(_HASHING_THREADS) as threads:
+        return list(threads.map(describe_input, paths))

@@ -1,23 +1,43 @@
 """megatron-multiturn-preprocess: raw sessions -> PREFIX.bin, PREFIX.idx, PREFIX.json."""
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
 from collections.abc import Sequence
 from types import FrameType
+from typing import Any
 
+from megatron_multiturn.decoding import open_decoder
+from megatron_multiturn.dry_run import show_sessions
 from megatron_multiturn.encoding import SessionEncoder
+from megatron_multiturn.encoding_pool import Work
 from megatron_multiturn.errors import ConfigError, MultiTurnError
 from megatron_multiturn.input_files import expand_inputs
-from megatron_multiturn.pipeline import Job, Summary, check_outputs, preprocess_sessions
+from megatron_multiturn.journal import is_placing
+from megatron_multiturn.manifest import TemplateIdentity
+from megatron_multiturn.pipeline import Job, check_outputs, preprocess_sessions
+from megatron_multiturn.progress import format_bytes
 from megatron_multiturn.records import check_input_files
+from megatron_multiturn.row_view import terminal_style, use_color
 from megatron_multiturn.sessions import FORMATS
+from megatron_multiturn.shards import Shard, cut_shard, parse_shard
 from megatron_multiturn.supervision import TRAIN_ON
+from megatron_multiturn.tally import format_table
 from megatron_multiturn.template_flags import add_template_flags, build_template
 from megatron_multiturn.tokenizer_flags import add_tokenizer_flags, build_tokenizer
+from megatron_multiturn.unfinished import UnfinishedRun, unfinished_folder
 from megatron_multiturn.vocabulary import open_vocabulary, tokenizer_fingerprint
 
+# A run that goes on may have others of these. Whether bad sessions are skipped is among them: up
+# to the first of them the work is the same. The files of the tokenizer and of the template count
+# by what is in them.
+_FLAGS_THAT_DECIDE_NOTHING = (
+    *("input", "output_prefix", "overwrite", "workers", "shard", "dry_run", "on_bad_session"),
+    *("tokenizer_model", "vocab_file", "merge_file", "template", "jinja_template"),
+    "template_date",
+)
 _MAX_DEFAULT_WORKERS = 16
 
 
@@ -56,7 +76,11 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("error", "skip"),
         help="stop at the first bad session (default), or write it to PREFIX.rejected.jsonl",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace outputs that are there")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace outputs that are there, and the unfinished ones of another run",
+    )
     parser.add_argument(
         "--workers",
         type=int,
@@ -65,22 +89,41 @@ def build_parser() -> argparse.ArgumentParser:
         help="processes that encode (default: one a core, at most "
         f"{_MAX_DEFAULT_WORKERS}); the output is the same for any number",
     )
+    parser.add_argument(
+        "--shard",
+        metavar="I/N",
+        help="only part I of N of the input, I from 0 as in SLURM_ARRAY_TASK_ID; join the parts "
+        "with megatron-multiturn-merge",
+    )
+    parser.add_argument(
+        "--dry-run",
+        type=int,
+        metavar="N",
+        help="show the first N sessions, what is trained on in colour, and write nothing",
+    )
     add_template_flags(parser)
     add_tokenizer_flags(parser, required=True)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 0, or 1 with one line on stderr."""
+    """Run the command; 0, or 1 with one line on stderr, and another if work was kept."""
     args = build_parser().parse_args(argv)
     handler_before = signal.signal(signal.SIGTERM, _raise_exit)
     try:
-        _run(args)
+        if args.dry_run is not None:
+            _show(args)
+        else:
+            _run(args)
+    except BrokenPipeError:  # a pager that was closed; Python would complain when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (MultiTurnError, OSError) as error:  # OSError: the disk is full, say
         print(f"error: {error}", file=sys.stderr)
+        _say_what_is_kept(args)
         return 1
     except KeyboardInterrupt:
-        print("error: interrupted; nothing was written", file=sys.stderr)
+        print("error: interrupted; no dataset was written", file=sys.stderr)
+        _say_what_is_kept(args)
         return 130
     finally:
         signal.signal(signal.SIGTERM, handler_before)
@@ -88,70 +131,116 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _raise_exit(number: int, _frame: FrameType | None) -> None:
-    """End by an exception, so that temporary files and workers go too."""
+    """End by an exception, so that workers go too."""
     sys.exit(128 + number)
 
 
+def _say_what_is_kept(args: argparse.Namespace) -> None:
+    with contextlib.suppress(MultiTurnError):
+        folder = unfinished_folder(_shard_and_prefix(args)[1])
+        if args.dry_run is None and os.path.isdir(folder):
+            print(
+                f"note: {folder} holds what is done so far; the same command goes on with it",
+                file=sys.stderr,
+            )
+
+
 def _run(args: argparse.Namespace) -> None:
+    job = _job_of(args)
+    with UnfinishedRun(job.prefix) as run:
+        if not is_placing(run):
+            check_outputs(job)
+        _announce(job)
+        encoder, tokenizer = _build_encoder(args)
+        template = encoder.template
+        summary = preprocess_sessions(
+            job,
+            encoder,
+            run,
+            tokenizer=tokenizer_fingerprint(tokenizer, args.tokenizer_type),
+            template=TemplateIdentity(name=template.name, content_hash=template.content_hash),
+        )
+    table = format_table(
+        job.prefix,
+        summary.counts,
+        summary.tally,
+        summary.lengths,
+        pace=summary.pace,
+        rejected_path=summary.rejected_path,
+        omits_bos=encoder.omits_bos,
+    )
+    print(table)
+
+
+def _show(args: argparse.Namespace) -> None:
+    """--dry-run."""
+    if args.dry_run < 1:
+        raise ConfigError(f"--dry-run {args.dry_run}: show at least 1 session")
+    job = _job_of(args)
+    _announce(job)
+    encoder, tokenizer = _build_encoder(args)
+    blocks = show_sessions(
+        cut_shard(job.inputs, job.shard),
+        args.dry_run,
+        Work(encoder=encoder, form=job.form, train_on=job.train_on),
+        open_decoder(tokenizer),
+        terminal_style(use_color("auto", is_terminal=sys.stdout.isatty())),
+        skip_bad_sessions=job.skip_bad_sessions,
+        omits_bos=encoder.omits_bos,
+    )
+    for block in blocks:
+        print(block, end="\n\n", flush=True)
+
+
+def _shard_and_prefix(args: argparse.Namespace) -> tuple[Shard | None, str]:
+    """The shard, if there is one, and the prefix of its outputs."""
+    if args.shard is None:
+        return None, args.output_prefix
+    shard = parse_shard(args.shard)
+    return shard, shard.prefix_of(args.output_prefix)
+
+
+def _job_of(args: argparse.Namespace) -> Job:
     if args.workers < 1:
         raise ConfigError(f"--workers {args.workers}: at least one process must encode; pass 1")
+    shard, prefix = _shard_and_prefix(args)
     inputs = expand_inputs(args.input)
     check_input_files(inputs)
-    job = Job(
+    return Job(
         inputs=tuple(inputs),
-        prefix=args.output_prefix,
+        prefix=prefix,
+        shard=shard,
         form=args.format,
         train_on=args.train_on,
         skip_bad_sessions=args.on_bad_session == "skip",
         num_workers=args.workers,
         overwrite=args.overwrite,
+        flags={
+            "--" + name.replace("_", "-"): value
+            for name, value in vars(args).items()
+            if name not in _FLAGS_THAT_DECIDE_NOTHING
+        },
     )
-    check_outputs(job)
+
+
+def _announce(job: Job) -> None:
+    """The first line of progress: Megatron's tokenizer takes seconds to import."""
+    total = sum(map(os.path.getsize, job.inputs))
+    what = f"{len(job.inputs):,} file{'s' if len(job.inputs) > 1 else ''}, {format_bytes(total)}"
+    if job.shard is not None:
+        what += f", shard {job.shard.index} of {job.shard.count}"
+    print(f"preprocess: {what}; loading the tokenizer", file=sys.stderr, flush=True)
+
+
+def _build_encoder(args: argparse.Namespace) -> tuple[SessionEncoder, Any]:
+    """The encoder, and Megatron's tokenizer."""
     tokenizer = build_tokenizer(args)
     vocabulary = open_vocabulary(tokenizer)
     template = build_template(args, vocabulary, tokenizer)
     encoder = SessionEncoder(
         template, vocabulary, literal_control_tokens=args.literal_control_tokens
     )
-    identity = tokenizer_fingerprint(tokenizer, args.tokenizer_type)
-    summary = preprocess_sessions(job, encoder, tokenizer=identity, template=template)
-    print(_format_summary(summary, args.output_prefix))
-
-
-def _format_summary(summary: Summary, prefix: str) -> str:
-    """The closing tally."""
-    counts = summary.counts
-    num_rejected = sum(counts.rejected.values())
-    seconds = max(summary.seconds, 1e-9)
-    lines = [
-        f"{prefix}: {counts.sessions:,} sessions, {counts.turns:,} turns, {counts.tokens:,} "
-        f"tokens, {counts.target_tokens:,} target tokens "
-        f"({counts.target_tokens / counts.tokens:.1%})",
-        f"  {summary.seconds:.1f} s, {(counts.sessions + num_rejected) / seconds:,.0f} sessions/s, "
-        f"{counts.tokens / seconds:,.0f} tokens/s",
-        f"  rejected: {num_rejected:,} sessions"
-        + (f", see {summary.rejected_path}" if summary.rejected_path else ""),
-    ]
-    lines += [f"    {reason}: {number:,}" for reason, number in counts.rejected.items()]
-    for number, what in (
-        (summary.num_unknown_tokens, "tokens are unknown to the vocabulary"),
-        (summary.num_lossy_sessions, "sessions do not decode to exactly their text"),
-        (summary.num_recut_sessions, "sessions have a token across the edge of an answer"),
-        (
-            summary.num_rewritten_sessions,
-            "sessions have a history that the template rewrites, see --history-rewriting",
-        ),
-        (
-            summary.num_open_turns,
-            "turns do not end with a control token, so that the model does not learn to stop; put "
-            "the template's closing token into its {% generation %} block",
-        ),
-    ):
-        if number:
-            lines.append(f"  note: {number:,} {what}")
-    if summary.omits_bos:
-        lines.append("  note: the tokenizer has no BOS token; the template's <s> is left out")
-    return "\n".join(lines)
+    return encoder, tokenizer
 
 
 if __name__ == "__main__":

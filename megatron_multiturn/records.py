@@ -1,24 +1,38 @@
-"""Input files -> raw records, streamed.
+"""Input files -> raw records, a block of them at a time.
 
 A record is still text here; `sessions.py` says what it means. What a file is, is found out by
 its first bytes: Parquet, gzip and zstd (see `input_files`) by their marks; of JSON, `[` and an
 object or a list behind it open a JSON list of records, anything else is JSONL (a line may be a
 list of texts).
+
+Blocks of JSONL are bytes as they lie in the file: who reads does not look at every line. A part
+of a plain JSONL file has the lines that begin in it; lines are then counted from the first of
+them, because nothing before it is read.
 """
 
 import codecs
 import io
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_multiturn.errors import ConfigError
-from megatron_multiturn.input_files import is_parquet, open_decoded
-from megatron_multiturn.parquet_records import check_can_read, read_rows
+from megatron_multiturn.input_files import is_parquet, is_plain, open_decoded, raw_position
+from megatron_multiturn.json_lists import read_items
+from megatron_multiturn.parquet_records import check_can_read, num_rows_before, read_rows
+from megatron_multiturn.record_blocks import (
+    Block,
+    FilePart,
+    FilePlace,
+    LineBlock,
+    RawRecord,
+    RecordBlock,
+)
 
-_READ_BYTES = 1 << 20
-_MAX_RECORD_CHARACTERS = 1 << 28  # a broken list must not be read whole to be found broken
-_WHITESPACE = " \t\r\n"
+__all__ = ["RawRecord", "check_input_files", "is_cuttable", "read_blocks", "read_records"]
+
+_BLOCK_BYTES = 1 << 19
+_MAX_RECORD_CHARACTERS = 1 << 28  # one line is one session
+_WHITESPACE = b" \t\r\n"
 _PEEK_BYTES = 1 << 12
 _NOT_UTF8_BOMS = {
     codecs.BOM_UTF32_LE: "UTF-32",
@@ -26,16 +40,6 @@ _NOT_UTF8_BOMS = {
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RawRecord:
-    """One object of an input file, not yet parsed."""
-
-    data: bytes  # JSON text, UTF-8 if the file is sound
-    # "file.jsonl:17"; for a JSON list "file.json:17 (item 4)", for Parquet
-    # "file.parquet:17 (row group 2)", where 17 is the row in the file.
-    location: str
 
 
 def check_input_files(paths: list[str]) -> None:
@@ -54,24 +58,75 @@ def check_input_files(paths: list[str]) -> None:
 def read_records(path: str) -> Iterator[RawRecord]:
     """Yield the records of one file in order; blank lines of JSONL are no records.
 
+    Raises ConfigError as `read_blocks` does.
+    """
+    for block in read_blocks(FilePart.whole(path)):
+        yield from block.records()
+
+
+def read_blocks(part: FilePart, place: FilePlace | None = None) -> Iterator[Block]:
+    """Yield the records of a part of a file in blocks, from `place` on if one is given.
+
     Raises ConfigError for a file that cannot be read on from: missing, empty, without a record,
     UTF-16, broken as an archive, or a JSON list that is broken (after the records before the
     break).
     """
+    path = part.path
     if is_parquet(path):
-        for data, row, group in read_rows(path):
-            yield RawRecord(data=data, location=f"{path}:{row} (row group {group})")
+        yield from _read_row_blocks(part, place)
         return
     with open_decoded(path) as stream:
-        _check_start(path, stream.peek(4)[:4])
-        if stream.peek(len(codecs.BOM_UTF8)).startswith(codecs.BOM_UTF8):
-            stream.read(len(codecs.BOM_UTF8))
-        first_line = _skip_blank(stream)
-        start = stream.peek(1)[:_PEEK_BYTES]
-        if not start:
-            raise ConfigError(f"{path}: the file holds only white space; leave it out of --input")
-        read = _read_list if _opens_list(start) else _read_lines
-        yield from read(path, stream, first_line)
+        start = _find_start(path, stream)
+        if start.opens_list:
+            yield from _read_item_blocks(path, stream, start.place.line, place)
+            return
+        from_byte = 0
+        if part.begin:
+            from_byte = _next_line_start(stream, part.begin)
+            start = _Start(place=FilePlace(offset=from_byte), opens_list=False)
+            if part.end is not None and from_byte >= part.end:
+                return
+        if place is None:
+            place = start.place
+        if part.begin or is_plain(path):
+            stream.seek(place.offset)
+        else:
+            _discard(stream, place.offset - start.place.offset)
+        yield from _read_line_blocks(part, stream, place, from_byte)
+
+
+def is_cuttable(path: str) -> bool:
+    """Whether a file is plain JSONL, of which any part can be read without the rest."""
+    if not is_plain(path):
+        return False
+    with open_decoded(path) as stream:
+        return not _find_start(path, stream).opens_list
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Start:
+    """Where the first record of a file begins."""
+
+    place: FilePlace
+    opens_list: bool
+
+
+def _find_start(path: str, stream: io.BufferedReader) -> _Start:
+    """Read up to the first byte that is neither a mark nor white space."""
+    _check_start(path, stream.peek(4)[:4])
+    offset, line = 0, 1
+    if stream.peek(len(codecs.BOM_UTF8)).startswith(codecs.BOM_UTF8):
+        offset = len(stream.read(len(codecs.BOM_UTF8)))
+    while held := stream.peek(1):
+        blank = held[: len(held) - len(held.lstrip(_WHITESPACE))]
+        line += blank.count(b"\n")
+        offset += len(stream.read(len(blank)))
+        if len(blank) < len(held):
+            break
+    if not held:
+        raise ConfigError(f"{path}: the file holds only white space; leave it out of --input")
+    opens_list = _opens_list(stream.peek(1)[:_PEEK_BYTES])
+    return _Start(place=FilePlace(offset=offset, line=line), opens_list=opens_list)
 
 
 def _check_start(path: str, start: bytes) -> None:
@@ -85,18 +140,6 @@ def _check_start(path: str, start: bytes) -> None:
             )
 
 
-def _skip_blank(stream: io.BufferedReader) -> int:
-    """Read up to the first byte that is not white space; the number of its line."""
-    line = 1
-    while held := stream.peek(1):
-        blank = held[: len(held) - len(held.lstrip(_WHITESPACE.encode()))]
-        line += blank.count(b"\n")
-        stream.read(len(blank))
-        if len(blank) < len(held):
-            break
-    return line
-
-
 def _opens_list(start: bytes) -> bool:
     """Whether a file that begins so is one JSON list of records.
 
@@ -104,116 +147,112 @@ def _opens_list(start: bytes) -> bool:
     """
     if not start.startswith(b"["):
         return False
-    inside = start[1:].lstrip(_WHITESPACE.encode())
+    inside = start[1:].lstrip(_WHITESPACE)
     return not inside.startswith(b'"')
 
 
-def _read_lines(path: str, stream: io.BufferedReader, first_line: int) -> Iterator[RawRecord]:
-    number = first_line
-    while line := stream.readline(_MAX_RECORD_CHARACTERS):
-        if len(line) == _MAX_RECORD_CHARACTERS:
-            raise ConfigError(
-                f"{path}:{number}: the line has more than {_MAX_RECORD_CHARACTERS >> 20} MiB; one "
-                "line is one session: repair the file, or write it as one JSON list"
+def _next_line_start(stream: io.BufferedReader, position: int) -> int:
+    """Where the first line begins that begins at `position` or behind it."""
+    stream.seek(position - 1)
+    while data := stream.readline(_BLOCK_BYTES):
+        if data.endswith(b"\n"):
+            break
+    return stream.tell()
+
+
+def _discard(stream: io.BufferedReader, num_bytes: int) -> None:
+    while num_bytes > 0 and (data := stream.read(min(num_bytes, _BLOCK_BYTES))):
+        num_bytes -= len(data)
+
+
+def _read_line_blocks(
+    part: FilePart, stream: io.BufferedReader, place: FilePlace, from_byte: int
+) -> Iterator[LineBlock]:
+    """Blocks of whole lines, of those that begin before the end of the part."""
+    offset, line = place.offset, place.line
+    held: list[bytes] = []  # of a line that goes on
+    num_held = 0
+    is_over = part.end is not None and offset >= part.end
+    while not is_over:
+        data = stream.read(_BLOCK_BYTES)
+        cut = data.rfind(b"\n") + 1
+        if not data:
+            is_over = True
+        elif part.end is not None and offset + num_held + len(data) >= part.end:
+            # The last line of the part holds the byte before its end.
+            last = data.find(b"\n", max(0, part.end - 1 - offset - num_held))
+            is_over = last >= 0
+            cut = last + 1 if is_over else cut
+        if not cut and data:
+            held.append(data)
+            num_held += len(data)
+            if num_held >= _MAX_RECORD_CHARACTERS:
+                raise ConfigError(
+                    f"{part.path}:{line}: the line has more than {_MAX_RECORD_CHARACTERS >> 20} "
+                    "MiB; one line is one session: repair the file, or write it as one JSON list"
+                )
+            continue
+        lines = b"".join([*held, data[:cut]])
+        held = [data[cut:]]
+        num_held = len(held[0])
+        first_line = line
+        offset += len(lines)
+        line += lines.count(b"\n")
+        if lines:
+            yield LineBlock(
+                path=part.path,
+                data=lines,
+                first_line=first_line,
+                from_byte=from_byte,
+                end=FilePlace(offset=offset, line=line),
+                raw_position=raw_position(stream),
             )
-        data = line.strip()
-        if data:
-            yield RawRecord(data=data, location=f"{path}:{number}")
+
+
+def _read_item_blocks(
+    path: str, stream: io.BufferedReader, first_line: int, place: FilePlace | None
+) -> Iterator[RecordBlock]:
+    records = (
+        (RawRecord(data=data, location=f"{path}:{line} (item {item})"), raw_position(stream))
+        for data, line, item in read_items(path, stream, first_line)
+    )
+    return _join_records(path, records, 0, 0 if place is None else place.offset)
+
+
+def _read_row_blocks(part: FilePart, place: FilePlace | None) -> Iterator[RecordBlock]:
+    path = part.path
+    first = num_rows_before(path, part.begin) if place is None else place.offset
+    records = (
+        (RawRecord(data=data, location=f"{path}:{row} (row group {group})"), position)
+        for data, row, group, position in read_rows(path, part.begin, part.end, first)
+    )
+    return _join_records(path, records, first, first)
+
+
+def _join_records(
+    path: str, records: Iterator[tuple[RawRecord, int]], number: int, first: int
+) -> Iterator[RecordBlock]:
+    """Blocks of the records from number `first` on; `number`: of the first record given."""
+    held: list[RawRecord] = []
+    num_bytes = position = 0
+
+    def block() -> RecordBlock:
+        return RecordBlock(
+            path=path,
+            held=tuple(held),
+            num_bytes=num_bytes,
+            end=FilePlace(offset=number),
+            raw_position=position,
+        )
+
+    for record, position in records:  # noqa: B007 (read by block())
         number += 1
-
-
-def _read_list(path: str, stream: io.BufferedReader, first_line: int) -> Iterator[RawRecord]:
-    text = _ListText(path, stream, first_line)
-    decoder = json.JSONDecoder()
-    if text.next_character() != "[":
-        raise AssertionError("the caller has seen the bracket")
-    text.advance(1)
-    item = 0
-    while (character := text.next_character()) != "]":
-        if item:
-            if character != ",":
-                raise text.broken(item, f"',' or ']' expected, found {character!r}")
-            text.advance(1)
-            text.next_character()
-        item += 1
-        location = f"{path}:{text.line} (item {item})"
-        yield RawRecord(data=text.take_value(decoder, item), location=location)
-    text.advance(1)
-    if not item:
-        raise ConfigError(f"{path}:{text.line}: the list is empty; leave the file out of --input")
-    rest = text.next_character()
-    if rest:
-        raise ConfigError(
-            f"{path}:{text.line}: {rest!r} follows after the end of the list; one file holds one "
-            "JSON list, or one object a line (JSONL)"
-        )
-
-
-class _ListText:
-    """A window on the text of a JSON list that slides forward and knows its line."""
-
-    def __init__(self, path: str, stream: io.BufferedReader, first_line: int) -> None:
-        self.line = first_line
-        self._path = path
-        self._stream = stream
-        self._decoder = codecs.getincrementaldecoder("utf-8")()
-        self._text = ""
-        self._at = 0
-
-    def advance(self, count: int) -> None:
-        stop = self._at + count
-        self.line += self._text.count("\n", self._at, stop)
-        self._at = stop
-
-    def next_character(self) -> str:
-        """Skip white space; the character there, empty at the end of the file."""
-        while True:
-            start = self._at
-            while start < len(self._text) and self._text[start] in _WHITESPACE:
-                start += 1
-            self.advance(start - self._at)
-            if start < len(self._text):
-                return self._text[start]
-            if not self._read_more():
-                return ""
-
-    def take_value(self, decoder: json.JSONDecoder, item: int) -> bytes:
-        """The JSON text of the value that begins here; the window moves behind it."""
-        while True:
-            try:
-                stop = decoder.raw_decode(self._text, self._at)[1]
-            except (ValueError, RecursionError) as error:
-                too_long = len(self._text) - self._at > _MAX_RECORD_CHARACTERS
-                if too_long or not self._read_more():
-                    raise self.broken(item, str(error)) from None
-                continue
-            # A value at the very end of the window may go on behind it: 12 of 123.
-            if stop == len(self._text) and self._read_more():
-                continue
-            value = self._text[self._at : stop].encode("utf-8")
-            self.advance(stop - self._at)
-            return value
-
-    def broken(self, item: int, what: str) -> ConfigError:
-        return ConfigError(
-            f"{self._path}:{self.line}: item {item} of the JSON list is broken ({what}); what "
-            "follows cannot be found: repair the file, or write one object a line (JSONL), where "
-            "--on-bad-session skip can leave out single lines"
-        )
-
-    def _read_more(self) -> bool:
-        # At least as much again as is held, so that a huge record is scanned few times.
-        held = len(self._text) - self._at
-        data = self._stream.read(max(_READ_BYTES, held))
-        try:
-            more = self._decoder.decode(data, final=not data)
-        except UnicodeDecodeError as error:
-            line = self.line + self._text.count("\n", self._at)
-            line += error.object.count(b"\n", 0, error.start)
-            raise ConfigError(
-                f"{self._path}:{line}: byte 0x{error.object[error.start]:02x} is not UTF-8 "
-                "text; convert the file to UTF-8"
-            ) from None
-        self._text = self._text[self._at :] + more
-        self._at = 0
-        return bool(data)
+        if number <= first:
+            continue
+        held.append(record)
+        num_bytes += len(record.data)
+        if num_bytes >= _BLOCK_BYTES:
+            yield block()
+            held, num_bytes = [], 0
+    if held:
+        yield block()

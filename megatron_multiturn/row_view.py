@@ -7,6 +7,8 @@
 A run of tokens that are alike starts a new line; ⏎ is a line feed of the text itself.
 """
 
+import os
+import shutil
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from megatron_multiturn.samples import RowFormat, RowTurns, row_turns
 _TURN_COLORS = (32, 33, 36, 35, 34, 31)  # the terminal's own green, yellow, cyan, ...
 _BAR_WIDTH = 16
 _SNIPPET_WIDTH = 40
+_MIN_WIDTH, _MAX_WIDTH = 60, 100
 # Sessions are foreign text: their control characters must not reach the terminal.
 _VISIBLE = {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"}
 _VISIBLE |= {0x7F: "\u2421"} | dict.fromkeys(range(0x80, 0xA0), "\ufffd")
@@ -68,6 +71,19 @@ class Style:
 
     def _paint(self, code: str, text: str) -> str:
         return f"\x1b[{code}m{text}\x1b[0m" if self.color and text else text
+
+
+def use_color(choice: str, *, is_terminal: bool) -> bool:
+    """Whether to colour the output, by --color and the usual conventions."""
+    if choice != "auto":
+        return choice == "always"
+    return is_terminal and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+
+
+def terminal_style(color: bool) -> Style:
+    """As wide as the terminal, within reason."""
+    columns = shutil.get_terminal_size(fallback=(_MAX_WIDTH, 0)).columns
+    return Style(color=color, width=min(max(columns, _MIN_WIDTH), _MAX_WIDTH))
 
 
 def _color_of(number: int) -> int:

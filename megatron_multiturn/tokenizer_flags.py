@@ -3,7 +3,6 @@
 import argparse
 import logging
 import os
-import sys
 import warnings
 from typing import Any
 
@@ -38,8 +37,6 @@ def build_tokenizer(args: argparse.Namespace) -> Any:
     """Megatron's tokenizer for the flags in `args`; ConfigError if it cannot be built."""
     if not os.path.exists(args.tokenizer_model) and args.tokenizer_type != "HuggingFaceTokenizer":
         raise ConfigError(f"--tokenizer-model {args.tokenizer_model}: no such file; correct it")
-    if sys.stderr.isatty():
-        print("loading Megatron's tokenizer ...", file=sys.stderr)
     with warnings.catch_warnings():  # Megatron warns of accelerators that only training misses
         warnings.simplefilter("ignore")
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)

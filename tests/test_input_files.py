@@ -21,8 +21,9 @@ from session_fixtures import make_record, write_jsonl
 
 from megatron_multiturn import records
 from megatron_multiturn.errors import ConfigError, SessionError
-from megatron_multiturn.input_files import decoded_bytes, expand_inputs, open_decoded
-from megatron_multiturn.records import check_input_files, read_records
+from megatron_multiturn.input_files import expand_inputs, open_decoded
+from megatron_multiturn.record_blocks import FilePart
+from megatron_multiturn.records import check_input_files, read_blocks, read_records
 from megatron_multiturn.sessions import Session, read_sessions
 
 RECORDS = [make_record(turns, id=f"山{turns}") for turns in (1, 2, 3)]
@@ -273,12 +274,17 @@ def test_unreadable_folders_are_found(tmp_path: Path) -> None:
             expand_inputs([str(tmp_path)])
 
 
-def test_the_size_is_known_where_nothing_is_packed(tmp_path: Path) -> None:
-    plain = write_jsonl(tmp_path / "a.jsonl", RECORDS)
-    packed = tmp_path / "b"
-    packed.write_bytes(gzip.compress(b"{}"))
-    assert decoded_bytes([plain, plain]) == 2 * os.path.getsize(plain)
-    assert decoded_bytes([plain, str(packed)]) is None
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, zstd], ids=["plain", "gzip", "zstd"])
+def test_blocks_know_how_much_of_the_file_is_read(tmp_path: Path, pack: Any) -> None:
+    noise = random.Random(1)
+    lines = [json.dumps({"text": noise.randbytes(200).hex()}) for _ in range(10_000)]
+    path = tmp_path / "in"
+    path.write_bytes(pack("\n".join(lines).encode()))
+    positions = [block.raw_position for block in read_blocks(FilePart.whole(str(path)))]
+    assert len(positions) > 4
+    assert positions == sorted(positions)
+    assert positions[-1] == path.stat().st_size
+    assert positions[0] < path.stat().st_size / 2
 
 
 def test_sessions_are_the_same_from_every_packing(tmp_path: Path) -> None:

@@ -18,10 +18,10 @@ from megatron_multiturn.control_tokens import ControlToken
 from megatron_multiturn.dataset_statistics import DatasetTurns, dataset_turns, loss_shares
 from megatron_multiturn.decoding import RunDecoder
 from megatron_multiturn.encoding import EncodedSession, join_encoded
-from megatron_multiturn.inspection import main, use_color
+from megatron_multiturn.inspection import main
 from megatron_multiturn.manifest import TemplateIdentity
 from megatron_multiturn.modes import CONTEXT, LEADING_SYSTEM, MESSAGE_START, TARGET_BEGIN
-from megatron_multiturn.row_view import ShownPiece, Style, format_pieces
+from megatron_multiturn.row_view import ShownPiece, Style, format_pieces, use_color
 from megatron_multiturn.samples import RowFormat
 from megatron_multiturn.session_writer import SessionWriter
 from megatron_multiturn.store import SessionStore

@@ -15,14 +15,15 @@ LEAVES = ("_version", "errors", "modes", "megatron_compat", "megatron_hooks")
 # A module may import only those named before it.
 ORDER = (
     # raw sessions -> dataset on disk
-    *("input_files", "parquet_records", "records"),
+    *("input_files", "parquet_records", "json_lists", "record_blocks", "records", "shards"),
     *("messages", "fields", "tool_fields", "entries", "chat_formats", "question_formats"),
     *("sessions", "supervision", "templates", "round_templates"),
     *("template_families", "control_tokens", "turn_spans", "template_input"),
     *("containment", "sandbox"),
     *("rendered_session", "jinja_templates", "vocabulary", "run_encoder"),
     *("engines", "layouts", "plain_chats", "encoded_sessions", "batch_encoding", "encoding"),
-    *("index_file", "manifest", "session_writer"),
+    *("index_file", "manifest", "batch_checks", "spooled_columns", "session_writer"),
+    *("encoding_pool", "tally", "unfinished", "journal", "shard_files", "progress"),
     # dataset -> rows -> training
     *("shared_files", "object_storage", "row_pieces", "token_reader", "store"),
     *("targets", "cutting", "windows", "packing", "averages", "samples", "plan_cache", "dataset"),
@@ -34,13 +35,15 @@ ORDER = (
     # commands
     *("selfcheck_flags", "selfcheck_hooks", "selfcheck_ranks", "selfcheck_report"),
     *("selfcheck_reference", "selfcheck_job", "selfcheck"),
-    *("tokenizer_flags", "template_flags", "pipeline", "preprocess"),
-    *("decoding", "row_view", "dataset_statistics", "inspection"),
+    *("decoding", "row_view", "dataset_statistics"),
+    *("tokenizer_flags", "template_flags", "pipeline", "merge", "dry_run", "preprocess"),
+    "inspection",
     *("demo_corpus", "demo_report", "demo"),
 )
 
 PURE = (
-    *("errors", "modes", "input_files", "parquet_records", "records"),
+    *("errors", "modes"),
+    *("input_files", "parquet_records", "json_lists", "record_blocks", "records", "shards"),
     *("messages", "fields", "tool_fields", "entries", "chat_formats", "question_formats"),
     *("sessions", "supervision", "templates", "round_templates"),
     *("template_families", "control_tokens", "turn_spans", "template_input"),

@@ -5,6 +5,7 @@ import gzip
 import importlib
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -17,13 +18,15 @@ from typing import Any
 import pytest
 from session_fixtures import make_record, tiny_hugging_face, tiny_sentencepiece, write_jsonl
 
-from megatron_multiturn import pipeline
+from megatron_multiturn import records
+from megatron_multiturn.encoding_pool import Work
 from megatron_multiturn.errors import MultiTurnError
 from megatron_multiturn.preprocess import main
 from megatron_multiturn.store import SessionStore
 
 Run = Callable[..., tuple[int, str, str]]
 
+ANNOUNCED = "preprocess: "
 BAD = {"messages": [{"role": "user", "content": "q"}]}
 
 
@@ -54,6 +57,11 @@ def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
     return run_command
 
 
+def said(err: str) -> str:
+    """What stands on stderr behind the first line of progress, which names the input."""
+    return re.sub(rf"^{ANNOUNCED}.*; loading the tokenizer\n", "", err)
+
+
 def outputs(tmp_path: Path) -> list[str]:
     folder = tmp_path / "out"
     return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
@@ -64,8 +72,9 @@ def test_files_become_a_dataset(tmp_path: Path, run: Run, template: str) -> None
     first = write_jsonl(tmp_path / "a.jsonl", [make_record(1), make_record(2)])
     second = tmp_path / "b.json"
     second.write_text(json.dumps([{"instruction": "q", "output": "a"}]))
+    size = os.path.getsize(first) + os.path.getsize(second)
     code, out, err = run(first, str(second), template=template)
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, f"{ANNOUNCED}2 files, {size} bytes; loading the tokenizer\n")
     assert outputs(tmp_path) == ["data.bin", "data.idx", "data.json"]
     store = SessionStore.open(str(tmp_path / "out" / "data"))
     counts = store.manifest.counts
@@ -74,8 +83,11 @@ def test_files_become_a_dataset(tmp_path: Path, run: Run, template: str) -> None
     assert [source.path for source in store.manifest.inputs] == [first, str(second)]
     assert store.manifest.inputs[0].num_bytes == os.path.getsize(first)
     assert counts.tokens == store.session_lengths().sum()
-    assert f"3 sessions, 4 turns, {counts.tokens} tokens, {counts.target_tokens} target" in out
-    assert "rejected: 0 sessions" in out
+    assert "kept      3 sessions, 4 turns\n" in out
+    assert f"tokens    {counts.tokens}, targets {counts.target_tokens} (" in out
+    longest = max(store.session_lengths())
+    assert f"p99 {longest} max {longest} tokens a session; the longest is {first}:2\n" in out
+    assert "rejected  0 sessions\n" in out
     assert "note:" not in out
 
 
@@ -83,9 +95,9 @@ def test_files_become_a_dataset(tmp_path: Path, run: Run, template: str) -> None
 def test_the_output_is_the_same_for_any_number_of_workers(
     tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, workers: str
 ) -> None:
-    monkeypatch.setattr(pipeline, "_CHUNK_BYTES", 300)
-    records = [make_record(1 + number % 4, id=number) for number in range(60)]
-    path = write_jsonl(tmp_path / "a.jsonl", [*records[:20], BAD, *records[20:], "{"])
+    monkeypatch.setattr(records, "_BLOCK_BYTES", 300)
+    made = [make_record(1 + number % 4, id=number) for number in range(60)]
+    path = write_jsonl(tmp_path / "a.jsonl", [*made[:20], BAD, *made[20:], "{"])
     skip = ("--on-bad-session", "skip")
     assert run(path, flags=skip)[0] == 0
     alone = {name: (tmp_path / "out" / name).read_bytes() for name in outputs(tmp_path)}
@@ -98,9 +110,9 @@ def test_bad_sessions_are_skipped_counted_and_kept(tmp_path: Path, run: Run) -> 
     path = write_jsonl(tmp_path / "a.jsonl", [make_record(1), BAD, b"\xff{", make_record(2), BAD])
     code, out, _ = run(path, flags=("--on-bad-session", "skip"))
     assert code == 0
-    assert re.search(r"rejected: 3 sessions, see .*data.rejected.jsonl", out)
-    assert "no-assistant: 2" in out
-    assert "not-utf8: 1" in out
+    assert re.search(r"rejected  3 sessions, see .*data.rejected.jsonl\n", out)
+    assert f" 2 no-assistant  first: {path}:2\n" in out
+    assert f" 1 not-utf8      first: {path}:3\n" in out
     rejected_path = tmp_path / "out" / "data.rejected.jsonl"
     rejected = [json.loads(line) for line in rejected_path.read_text("utf-8").splitlines()]
     assert [entry["location"] for entry in rejected] == [f"{path}:{line}" for line in (2, 3, 5)]
@@ -118,8 +130,8 @@ def test_the_first_bad_session_ends_the_run(tmp_path: Path, run: Run, workers: s
     path = write_jsonl(tmp_path / "a.jsonl", [make_record(1), make_record(1), BAD, "{"])
     code, out, err = run(path, flags=("--workers", workers))
     assert (code, out) == (1, "")
-    assert err.startswith(f"error: {path}:3: no assistant message")
-    assert err.count("\n") == 1
+    assert said(err).startswith(f"error: {path}:3: no assistant message")
+    assert said(err).count("\n") == 1
     assert outputs(tmp_path) == []
 
 
@@ -143,8 +155,8 @@ def test_bad_inputs_end_the_run(tmp_path: Path, run: Run) -> None:
     ):
         code, _, err = run(path, flags=flags)
         assert code == 1
-        assert re.match(f"error: .*{message}", err)
-        assert err.count("\n") == 1
+        assert re.match(f"error: .*{message}", said(err))
+        assert said(err).count("\n") == 1
         assert outputs(tmp_path) == []
 
 
@@ -216,7 +228,7 @@ def test_a_killed_worker_ends_the_run(
     def die(*_: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(pipeline._Work, "encode_chunk", die)
+    monkeypatch.setattr(Work, "encode_block", die)
     path = write_jsonl(tmp_path / "a.jsonl", [make_record(1)])
     code, _, err = run(path, flags=("--workers", "2"))
     assert code == 1
@@ -232,7 +244,7 @@ def test_a_full_disk_ends_the_run(
 
     monkeypatch.setattr(os, "fsync", fail)
     code, _, err = run(write_jsonl(tmp_path / "a.jsonl", [make_record(1)]))
-    assert (code, err) == (1, "error: [Errno 28] No space left on device\n")
+    assert (code, said(err)) == (1, "error: [Errno 28] No space left on device\n")
     assert outputs(tmp_path) == []
 
 
@@ -242,17 +254,17 @@ def test_an_error_in_a_worker_comes_out_as_it_is(
     def fail(*_: Any) -> None:
         raise MultiTurnError("what the worker said")
 
-    monkeypatch.setattr(pipeline._Work, "encode_chunk", fail)
+    monkeypatch.setattr(Work, "encode_block", fail)
     path = write_jsonl(tmp_path / "a.jsonl", [make_record(1)])
     code, _, err = run(path, flags=("--workers", "2"))
-    assert (code, err) == (1, "error: what the worker said\n")
+    assert (code, said(err)) == (1, "error: what the worker said\n")
     assert outputs(tmp_path) == []
 
 
 # The command with a tokenizer of characters, which takes its time over each chunk.
 SLOW_COMMAND = """
 import sys, time
-from megatron_multiturn import pipeline, preprocess
+from megatron_multiturn import encoding_pool, journal, pipeline, preprocess, records
 from megatron_multiturn.vocabulary import TokenizerIdentity
 
 class Characters:
@@ -266,13 +278,14 @@ class Characters:
     def control_tokens(self):
         return []
 
-class SlowWork(pipeline._Work):
-    def encode_chunk(self, chunk):
-        time.sleep(0.2)
-        return super().encode_chunk(chunk)
+class SlowWork(encoding_pool.Work):
+    def encode_block(self, block):
+        time.sleep(PAUSE)
+        return super().encode_block(block)
 
-pipeline._Work = SlowWork
-pipeline._CHUNK_BYTES = 300
+pipeline.Work = SlowWork
+records._BLOCK_BYTES = 300
+journal._JOURNAL_SECONDS = 0.1
 preprocess.build_tokenizer = lambda args: None
 preprocess.open_vocabulary = lambda tokenizer: Characters()
 preprocess.tokenizer_fingerprint = lambda tokenizer, kind: TokenizerIdentity(
@@ -282,14 +295,23 @@ sys.exit(preprocess.main())
 """
 
 
-def start_slow_command(tmp_path: Path, num_sessions: int) -> "subprocess.Popen[bytes]":
-    path = write_jsonl(tmp_path / "a.jsonl", [make_record(2)] * num_sessions)
-    prefix = str(tmp_path / "out" / "data")
-    files = ["--input", path, "--output-prefix", prefix, "--tokenizer-model", "none"]
-    flags = ["--template", "firefly", "--tokenizer-type", "Llama2Tokenizer", "--workers", "2"]
-    return subprocess.Popen(
-        [sys.executable, "-c", SLOW_COMMAND, *files, *flags], start_new_session=True
-    )
+def slow_command(
+    tmp_path: Path, source: str, *flags: str, pause: float = 0.2, prefix: str = "data"
+) -> list[str]:
+    command = [sys.executable, "-c", SLOW_COMMAND.replace("PAUSE", str(pause))]
+    command += ["--input", source, "--output-prefix", str(tmp_path / "out" / prefix)]
+    command += ["--template", "firefly", "--tokenizer-type", "Llama2Tokenizer"]
+    return [*command, "--tokenizer-model", "none", "--workers", "2", *flags]
+
+
+def many_sessions(tmp_path: Path, num_sessions: int) -> str:
+    made = (make_record(1 + number % 5, id=number) for number in range(num_sessions))
+    bad = (BAD if number % 50 == 40 else one for number, one in enumerate(made))
+    return write_jsonl(tmp_path / "a.jsonl", bad)
+
+
+def start(command: list[str]) -> "subprocess.Popen[str]":
+    return subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
 
 
 def wait_until(holds: Callable[[], bool]) -> None:
@@ -299,25 +321,166 @@ def wait_until(holds: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-def test_the_slow_command_works_if_it_is_let(tmp_path: Path) -> None:
-    assert start_slow_command(tmp_path, 3).wait(timeout=60) == 0
-    assert SessionStore.open(str(tmp_path / "out" / "data")).num_sessions == 3
+def contents(tmp_path: Path, prefix: str) -> dict[str, bytes]:
+    """The files of a prefix, by their suffix; folders left out."""
+    return {
+        path.name.removeprefix(prefix): path.read_bytes()
+        for path in (tmp_path / "out").glob(f"{prefix}.*")
+        if path.is_file()
+    }
+
+
+SKIP = ("--on-bad-session", "skip")
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, dict[str, bytes]]:
+    """A folder, an input in it, and what an unbroken run makes of it."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    source = many_sessions(folder, 400)
+    subprocess.run(slow_command(folder, source, *SKIP, pause=0), check=True)
+    made = contents(folder, "data")
+    assert sorted(made) == [".bin", ".idx", ".json", ".rejected.jsonl"]
+    assert len(made[".rejected.jsonl"].splitlines()) == 8
+    return folder, source, made
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_killed_run_leaves_no_manifest_and_no_process(
-    tmp_path: Path, number: signal.Signals
+def test_a_killed_run_goes_on(
+    tmp_path: Path, unbroken: tuple[Path, str, dict[str, bytes]], number: signal.Signals
 ) -> None:
-    process = start_slow_command(tmp_path, 5000)
-    wait_until(lambda: _num_in_group(process.pid) == 3)
-    assert f"data.bin.{process.pid}.tmp" in outputs(tmp_path)
+    _, source, wanted = unbroken
+    command = slow_command(tmp_path, source, *SKIP)
+    process = start(command)
+    folder = tmp_path / "out" / "data.unfinished"
+    wait_until(lambda: (folder / "journal.json").exists())
+    assert _num_in_group(process.pid) == 3
     os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
     expected = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}
-    assert process.wait(timeout=30) == expected[number]
-    names = outputs(tmp_path)
-    assert all(name.endswith(".tmp") for name in names)
-    assert names == [] or number == signal.SIGKILL
+    err = process.communicate(timeout=30)[1]
+    assert process.returncode == expected[number]
+    if number == signal.SIGINT:
+        assert f"note: {folder} holds what is done so far; the same command goes on" in err
+    assert outputs(tmp_path) == ["data.unfinished"]
     wait_until(lambda: _num_in_group(process.pid) == 0)
+    journal = json.loads((folder / "journal.json").read_bytes())
+    done = journal["counts"]["sessions"]
+    assert 0 < done < 390
+    # What is done is not done again: it is not even read.
+    scribbled = Path(source).read_bytes()
+    stamp = os.stat(source).st_mtime_ns
+    offset = journal["progress"]["place"]["offset"]
+    Path(source).write_bytes(b"x" * offset + scribbled[offset:])
+    os.utime(source, ns=(stamp, stamp))
+    try:
+        done = subprocess.run(
+            [*slow_command(tmp_path, source, *SKIP, pause=0), "--workers", "3"],
+            capture_output=True,
+            text=True,
+        )
+    finally:
+        Path(source).write_bytes(scribbled)
+        os.utime(source, ns=(stamp, stamp))
+    assert done.returncode == 0, done.stderr
+    made = contents(tmp_path, "data")
+    # The manifest's hash is of the scribbled input.
+    for suffix in (".bin", ".idx", ".rejected.jsonl"):
+        assert made[suffix] == wanted[suffix]
+    assert not folder.exists()
+
+
+def test_killed_at_any_point_it_goes_on(
+    tmp_path: Path, unbroken: tuple[Path, str, dict[str, bytes]]
+) -> None:
+    _, source, wanted = unbroken
+    draw = random.Random(7)
+    command = slow_command(tmp_path, source, *SKIP, pause=0.02)
+    for _ in range(12):
+        process = start(command)
+        time.sleep(draw.uniform(0.3, 2.5))
+        process.kill()
+        process.communicate(timeout=30)
+        wait_until(lambda group=process.pid: _num_in_group(group) == 0)  # type: ignore[misc]
+        if process.returncode == 0:
+            break
+        assert not (tmp_path / "out" / "data.json").exists()
+    if process.returncode != 0:
+        subprocess.run(command, check=True)
+    assert contents(tmp_path, "data") == wanted
+
+
+def test_moving_the_files_goes_on_too(
+    tmp_path: Path, unbroken: tuple[Path, str, dict[str, bytes]]
+) -> None:
+    _, source, wanted = unbroken
+    for num_moved in range(4):
+        patch = (
+            "import os; replace, left = os.replace, [NUM]\n"
+            "def move(source, target):\n"
+            "    if not source.endswith('.tmp'):\n"
+            "        left[0] -= 1\n"
+            "        if left[0] < 0: os._exit(9)\n"
+            "    replace(source, target)\n"
+            "os.replace = move\n"
+        ).replace("NUM", str(num_moved))
+        command = slow_command(tmp_path, source, *SKIP, pause=0)
+        command[2] = patch + command[2]
+        assert subprocess.run(command).returncode == 9
+        assert ".json" not in contents(tmp_path, "data")
+        assert len(contents(tmp_path, "data")) == num_moved
+        command = slow_command(tmp_path, source, *SKIP, pause=0)
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert re.search(r"length    p50 \d+ p90", done.stdout)
+        assert contents(tmp_path, "data") == wanted
+        for path in (tmp_path / "out").iterdir():
+            path.unlink()
+
+
+def test_another_run_does_not_go_on(tmp_path: Path) -> None:
+    source = many_sessions(tmp_path, 300)
+    process = start(slow_command(tmp_path, source, *SKIP))
+    journal = tmp_path / "out" / "data.unfinished" / "journal.json"
+    wait_until(journal.exists)
+    second = subprocess.run(slow_command(tmp_path, source), capture_output=True, text=True)
+    assert second.returncode == 1
+    assert f"data: is being written by process {process.pid} on " in second.stderr
+    process.kill()
+    process.communicate()
+
+    def refused(*flags: str) -> str:
+        command = slow_command(tmp_path, source, *SKIP, *flags, pause=0)
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 1
+        assert journal.exists()
+        return done.stderr
+
+    assert "--train-on was all, is last. Repeat that command" in refused("--train-on", "last")
+    assert "remove the folder, or pass --overwrite" in refused("--format", "openai")
+    with Path(source).open("a") as stream:
+        stream.write(json.dumps(make_record(1)) + "\n")
+    assert "--input is another" in refused()
+    command = slow_command(tmp_path, source, *SKIP, "--overwrite", pause=0)
+    subprocess.run(command, check=True)
+    assert sorted(contents(tmp_path, "data")) == [".bin", ".idx", ".json", ".rejected.jsonl"]
+    assert SessionStore.open(str(tmp_path / "out" / "data")).num_sessions == 295
+
+
+def test_a_full_disk_leaves_what_can_go_on(
+    tmp_path: Path, unbroken: tuple[Path, str, dict[str, bytes]]
+) -> None:
+    _, source, wanted = unbroken
+    command = slow_command(tmp_path, source, *SKIP, pause=0.05)
+    # No file may grow beyond this; the tokens do.
+    limit = len(wanted[".bin"]) // 2
+    broken = list(command)
+    limits = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+    broken[2] = limits + command[2]
+    done = subprocess.run(broken, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "error: [Errno 27] File too large" in done.stderr
+    assert ".json" not in contents(tmp_path, "data")
+    subprocess.run(command, check=True)
+    assert contents(tmp_path, "data") == wanted
 
 
 def _num_in_group(group: int) -> int:

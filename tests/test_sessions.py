@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from session_fixtures import make_record, write_jsonl
 
-from megatron_multiturn import records, sessions
+from megatron_multiturn import json_lists, sessions
 from megatron_multiturn.errors import ConfigError, SessionError
 from megatron_multiturn.records import RawRecord, check_input_files, read_records
 from megatron_multiturn.sessions import Session, parse_session, read_sessions
@@ -337,7 +337,7 @@ def test_reading_goes_on_after_a_bad_line(tmp_path: Path) -> None:
 def test_a_json_list_is_streamed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_bytes: int
 ) -> None:
-    monkeypatch.setattr(records, "_READ_BYTES", read_bytes)
+    monkeypatch.setattr(json_lists, "_READ_BYTES", read_bytes)
     wanted = [{"a": "山", "b": [1, {"c": "]},\n"}]}, 123, {"d": "\\"}]
     path = tmp_path / "in.json"
     path.write_text(json.dumps(wanted, indent=1, ensure_ascii=False), encoding="utf-8")
@@ -355,7 +355,7 @@ def test_a_json_list_is_streamed(
 def test_a_value_cut_by_the_window_is_read_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(records, "_READ_BYTES", 1)
+    monkeypatch.setattr(json_lists, "_READ_BYTES", 1)
     path = tmp_path / "in.json"
     path.write_text("[123, 456]")
     assert [record.data for record in read_records(str(path))] == [b"123", b"456"]

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_multiturn.batch_checks import count_targets
 from megatron_multiturn.encoding import EncodedSession, join_encoded
 from megatron_multiturn.errors import ConfigError, DatasetError
 from megatron_multiturn.index_file import read_index, smallest_token_dtype, write_index
 from megatron_multiturn.manifest import InputFile, TemplateIdentity
-from megatron_multiturn.session_writer import SessionWriter, count_targets
+from megatron_multiturn.session_writer import SessionWriter
 from megatron_multiturn.store import SessionStore
 from megatron_multiturn.vocabulary import TokenizerIdentity
 

@@ -1,0 +1,143 @@
+"""Blocks of records -> encoded batches, in worker processes, in the order of the input."""
+
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+
+from megatron_multiturn.encoding import EncodedBatch, SessionEncoder
+from megatron_multiturn.errors import MultiTurnError, SessionError
+from megatron_multiturn.record_blocks import Block, RawRecord
+from megatron_multiturn.sessions import parse_session
+from megatron_multiturn.supervision import select_answers
+
+_BLOCKS_PER_WORKER = 4
+_PARENT_CHECK_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedBlock:
+    """What became of the records of a block."""
+
+    batch: EncodedBatch
+    locations: list[str]  # of the sessions of the batch
+    rejected: list[tuple[str, SessionError]]  # (location, why), in input order
+    rejected_lines: bytes  # for the file of rejected sessions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What is done with a block."""
+
+    encoder: SessionEncoder
+    form: str
+    train_on: str
+
+    def encode_block(self, block: Block) -> EncodedBlock:
+        sessions = []
+        records: list[RawRecord] = []  # of the sessions
+        bad: list[tuple[int, RawRecord, SessionError]] = []  # with the number of the record
+        numbers: list[int] = []
+        for number, record in enumerate(block.records()):
+            try:
+                session = parse_session(record, form=self.form)
+                sessions.append(select_answers(session, self.train_on))
+            except SessionError as error:
+                bad.append((number, record, error))
+            else:
+                records.append(record)
+                numbers.append(number)
+        batch = self.encoder.encode(sessions)
+        bad += [(numbers[source], records[source], error) for source, error in batch.errors]
+        bad.sort(key=lambda entry: entry[0])
+        return EncodedBlock(
+            batch=batch,
+            locations=[records[source].location for source in batch.sources.tolist()],
+            rejected=[(record.location, error) for _, record, error in bad],
+            rejected_lines=b"".join(rejected_line(record, error) for _, record, error in bad),
+        )
+
+
+def rejected_line(record: RawRecord, error: SessionError) -> bytes:
+    """The line of a rejected session: why, and the record as it was read."""
+    entry = {
+        "location": record.location,
+        "reason": error.reason,
+        "message": str(error),
+        "record": record.data.decode("utf-8", "backslashreplace"),
+    }
+    return json.dumps(entry, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+
+
+def encode_blocks[Tag](
+    work: Work, blocks: Iterator[tuple[Tag, Block]], num_workers: int
+) -> Generator[tuple[Tag, Block, EncodedBlock]]:
+    """Every block with what became of it, in order, whatever the number of workers.
+
+    Raises MultiTurnError if a worker is killed.
+    """
+    if num_workers == 1:
+        for tag, block in blocks:
+            yield tag, block, work.encode_block(block)
+        return
+    pool = ProcessPoolExecutor(
+        num_workers,
+        # A forked worker has the tokenizer already; Megatron runs where there is fork.
+        mp_context=multiprocessing.get_context("fork"),
+        initializer=_start_worker,
+        initargs=(work, os.getpid()),
+    )
+    try:
+        pending: deque[tuple[Tag, Block, Future[EncodedBlock]]] = deque()
+        for tag, block in blocks:
+            pending.append((tag, block, pool.submit(_encode_in_worker, block)))
+            if len(pending) >= num_workers * _BLOCKS_PER_WORKER:
+                yield _take(pending)
+        while pending:
+            yield _take(pending)
+    except BrokenProcessPool:
+        raise MultiTurnError(
+            "a worker process was killed, perhaps for want of memory; try again with fewer "
+            f"--workers than {num_workers}"
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _take[Tag](
+    pending: deque[tuple[Tag, Block, Future[EncodedBlock]]],
+) -> tuple[Tag, Block, EncodedBlock]:
+    tag, block, future = pending.popleft()
+    return tag, block, future.result()
+
+
+_worker_work: Work | None = None
+
+
+def _start_worker(work: Work, parent: int) -> None:
+    global _worker_work
+    _worker_work = work
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # The parent cleans up on either signal, and ends its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    """A killed parent cannot end its workers, which would wait for work for ever."""
+    while os.getppid() == parent:
+        time.sleep(_PARENT_CHECK_SECONDS)
+    os._exit(1)
+
+
+def _encode_in_worker(block: Block) -> EncodedBlock:
+    assert _worker_work is not None
+    return _worker_work.encode_block(block)
