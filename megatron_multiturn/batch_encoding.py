@@ -39,23 +39,17 @@ class DocumentBatch:
     def __len__(self) -> int:
         return len(self._layouts)
 
-    def fill(self, layout: Layout, contents: Sequence[str]) -> None:
-        """Add a document of a layout with slots."""
+    def fill(self, layout: Layout, contents: Sequence[str], texts: Sequence[str]) -> None:
+        """Add a document of a layout with slots; texts: of its groups, with the contents in."""
         self._layouts.append(layout)
         self._contents.append(contents)
-        texts = self._texts
-        first = len(texts)
-        for fill in layout.group_fills:
-            before, slot, after, _ = fill
-            # As in fill_text, without the call for what nearly all of them are.
-            texts.append(
-                before + contents[slot] + after if slot >= 0 else fill_text(fill, contents)
-            )
-        self._group_texts += range(first, len(texts))
+        first = len(self._texts)
+        self._texts += texts
+        self._group_texts += range(first, len(self._texts))
         if layout.edge_fills:
-            first = len(texts)
-            texts += [fill_text(fill, contents) for fill in layout.edge_fills]
-            self._edge_texts += range(first, len(texts))
+            first = len(self._texts)
+            self._texts += [fill_text(fill, contents) for fill in layout.edge_fills]
+            self._edge_texts += range(first, len(self._texts))
 
     def add(self, layout: Layout) -> None:
         """Add a document of a layout without slots."""

@@ -11,6 +11,7 @@ are given it in two pieces there.
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -20,9 +21,10 @@ from megatron_multiturn.control_tokens import ControlLiterals, ControlToken
 from megatron_multiturn.encoded_sessions import EncodedBatch, EncodedSession, join_encoded
 from megatron_multiturn.engines import Engine, ReferenceEngine
 from megatron_multiturn.errors import ConfigError, SessionError
-from megatron_multiturn.layouts import ConstantPool, Layout, LayoutMaker, slot_text
+from megatron_multiturn.layouts import ConstantPool, Layout, LayoutMaker, fill_groups, slot_text
 from megatron_multiturn.messages import Message
 from megatron_multiturn.plain_chats import PlainChat
+from megatron_multiturn.prompt_variants import PromptVariants
 from megatron_multiturn.run_encoder import RunEncoder
 from megatron_multiturn.sessions import Session
 from megatron_multiturn.supervision import select_answers
@@ -54,6 +56,7 @@ class SessionEncoder:
         *,
         engine: Engine | None = None,
         train_on: str = "all",
+        prompt_variants: PromptVariants | None = None,
         literal_control_tokens: Literal["escape", "error"] = "escape",
     ) -> None:
         """Raises ConfigError if a special token of the template is not one token.
@@ -66,6 +69,7 @@ class SessionEncoder:
         self._vocabulary = vocabulary
         self._engine = engine or ReferenceEngine(vocabulary)
         self._train_on = train_on
+        self._prompt_variants = prompt_variants
         self._run_encoder = RunEncoder(vocabulary)
         self._ids: dict[Special, int | None] = {BOS: vocabulary.bos_id, EOS: vocabulary.eos_id}
         for special in template.specials:
@@ -110,6 +114,7 @@ class SessionEncoder:
 
     def _add(self, batch: DocumentBatch, session: Session | PlainChat) -> Sequence[Document]:
         """Add a session's documents to the batch."""
+        session = self._rephrased(session)
         if isinstance(session, PlainChat):
             if self._fill_layout(batch, session):
                 return _ONE_DOCUMENT
@@ -128,6 +133,28 @@ class SessionEncoder:
             batch.add(layout)
         return documents
 
+    def _rephrased(self, session: Session | PlainChat) -> Session | PlainChat:
+        """The session with its only question phrased anew, if it is a bare term."""
+        if self._prompt_variants is None:
+            return session
+        if isinstance(session, PlainChat):
+            roles, texts = session.roles, session.contents
+        else:
+            roles = tuple(message.role for message in session.messages)
+            texts = [message.content for message in session.messages]
+        if roles.count("user") != 1 or roles.count("assistant") != 1:
+            return session
+        asked = roles.index("user")
+        phrased = self._prompt_variants.phrase(texts[asked], texts)
+        if phrased == texts[asked]:
+            return session
+        if isinstance(session, PlainChat):
+            contents = [*texts[:asked], phrased, *texts[asked + 1 :]]
+            return session._replace(contents=contents)
+        messages = list(session.messages)
+        messages[asked] = replace(messages[asked], content=phrased)
+        return replace(session, messages=tuple(messages))
+
     def _fill_layout(self, batch: DocumentBatch, chat: PlainChat) -> bool:
         """Add a chat by the layout of its roles; False if there is none."""
         try:
@@ -139,12 +166,13 @@ class SessionEncoder:
         contents = chat.contents
         if self._template.strips:
             contents = [content.strip() for content in contents]
-        if self._layout_maker.is_unsafe(layout, contents):
+        texts = fill_groups(layout, contents)
+        if self._layout_maker.is_unsafe("\n".join(texts)):
             return False
         if self._refuses_literals:
             for number, content in enumerate(contents, start=1):
                 self._check_text(content, f"{chat.location}: message {number}")
-        batch.fill(layout, contents)
+        batch.fill(layout, contents, texts)
         return True
 
     def _layout_of(self, roles: tuple[str, ...]) -> Layout | None:

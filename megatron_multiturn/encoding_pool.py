@@ -7,19 +7,22 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
 from megatron_multiturn.encoding import EncodedBatch, SessionEncoder
 from megatron_multiturn.errors import MultiTurnError, SessionError
+from megatron_multiturn.plain_chats import PlainChat, read_plain_chat
 from megatron_multiturn.record_blocks import Block, RawRecord
-from megatron_multiturn.sessions import parse_session
-from megatron_multiturn.supervision import select_answers
+from megatron_multiturn.records import read_records
+from megatron_multiturn.sessions import Session, parse_session
 
 _BLOCKS_PER_WORKER = 4
 _PARENT_CHECK_SECONDS = 1.0
+_SAMPLED_FILES = 16
+_SAMPLED_BYTES = 1 << 19
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,17 +41,17 @@ class Work:
 
     encoder: SessionEncoder
     form: str
-    train_on: str
 
     def encode_block(self, block: Block) -> EncodedBlock:
-        sessions = []
+        sessions: list[Session | PlainChat] = []
         records: list[RawRecord] = []  # of the sessions
         bad: list[tuple[int, RawRecord, SessionError]] = []  # with the number of the record
         numbers: list[int] = []
         for number, record in enumerate(block.records()):
             try:
-                session = parse_session(record, form=self.form)
-                sessions.append(select_answers(session, self.train_on))
+                sessions.append(
+                    read_plain_chat(record, self.form) or parse_session(record, form=self.form)
+                )
             except SessionError as error:
                 bad.append((number, record, error))
             else:
@@ -63,6 +66,25 @@ class Work:
             rejected=[(record.location, error) for _, record, error in bad],
             rejected_lines=b"".join(rejected_line(record, error) for _, record, error in bad),
         )
+
+
+def sample_texts(inputs: Sequence[str], form: str) -> list[str]:
+    """Some texts of the input, from the heads of some files."""
+    texts: list[str] = []
+    step = -(-len(inputs) // _SAMPLED_FILES)
+    chosen = inputs[::step]
+    for path in chosen:
+        num_bytes = 0
+        for record in read_records(path):
+            num_bytes += len(record.data)
+            try:
+                session = parse_session(record, form=form)
+            except SessionError:
+                continue
+            texts += [message.content for message in session.messages]
+            if num_bytes > _SAMPLED_BYTES // len(chosen):
+                break
+    return texts
 
 
 def rejected_line(record: RawRecord, error: SessionError) -> bytes:

@@ -103,7 +103,7 @@ class GigatokenEngine:
         literals = [token.literal for token in vocabulary.control_tokens()]
         self._compare([f"a{literal}b {literal}" for literal in literals])
         two = self._encode(["a", "a"])
-        self._joint = self._decode(two)[1:-1]  # what it writes between two texts
+        self._joint = self._decode(two)[1:-1].decode()  # what it writes between two texts
 
     def encode(self, texts: Sequence[str]) -> EncodedTexts:
         """Raises ConfigError if a text that is compared has other ids."""
@@ -120,7 +120,7 @@ class GigatokenEngine:
 
     def find_lossy(self, texts: Sequence[str], encoded: EncodedTexts) -> NDArray[np.bool_]:
         """As the reference would; nearly always all of them come back."""
-        if self._decode(encoded) == self._joint.join([text.encode() for text in texts]):
+        if self._decode(encoded) == self._joint.join(texts).encode():
             return np.zeros(len(texts), dtype=np.bool_)
         return _find_lossy(self._vocabulary, texts, encoded)
 

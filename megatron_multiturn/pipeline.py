@@ -62,7 +62,6 @@ class Job:
     prefix: str  # of the outputs; of a shard its own
     shard: Shard | None
     form: str  # a key of sessions.FORMATS, or "auto"
-    train_on: str  # a key of supervision.TRAIN_ON
     skip_bad_sessions: bool
     num_workers: int
     overwrite: bool
@@ -192,7 +191,7 @@ def _encode(
     """Read, encode and write the rest of the input; `progress` moves on."""
     parts = cut_shard(job.inputs, job.shard)
     sizes = [part.raw_end - part.raw_begin for part in parts]
-    work = Work(encoder=encoder, form=job.form, train_on=job.train_on)
+    work = Work(encoder=encoder, form=job.form)
     blocks = _blocks(parts, progress.part, progress.place)
     with contextlib.ExitStack() as stack:
         # The pool forks first: the bar and the journal start threads.

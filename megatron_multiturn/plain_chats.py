@@ -21,6 +21,7 @@ _LISTS = {
     "openai": ("messages",),
     "sharegpt": ("conversations",),
 }
+_MESSAGE_KEYS = (("role", "content"), ("from", "value"))
 # What means something besides the messages.
 _KEYS_WITH_MEANING = frozenset(
     {"system", "system_prompt", "tools", "functions", "chat_template_kwargs", "train", "weight"}
@@ -60,20 +61,14 @@ def read_plain_chat(record: RawRecord, form: str) -> PlainChat | None:
     entries: Any = next((value[name] for name in names if value.get(name) is not None), None)
     if type(entries) is not list:
         return None
-    roles = []
-    contents = []
-    for entry in entries:
-        if type(entry) is not dict or len(entry) != 2:
-            return None
-        given, content = entry.get("role"), entry.get("content")
-        if given is None:
-            given, content = entry.get("from"), entry.get("value")
-        if type(given) is not str or type(content) is not str or given not in _ROLES:
-            return None
-        if not content or content.isspace():
-            return None
-        roles.append(_ROLES[given])
-        contents.append(content)
-    if "assistant" not in roles:
-        return None
-    return PlainChat(tuple(roles), contents, record.location)
+    for role_key, content_key in _MESSAGE_KEYS:
+        try:
+            roles = tuple([_ROLES[entry[role_key]] for entry in entries])
+            contents = [entry[content_key] for entry in entries]
+            # Of anything but text, `isspace` raises TypeError.
+            is_plain = not any(map(str.isspace, contents)) and all(contents)
+        except (KeyError, TypeError):
+            continue
+        if is_plain and sum(map(len, entries)) == 2 * len(entries) and "assistant" in roles:
+            return PlainChat(roles, contents, record.location)
+    return None

@@ -12,13 +12,15 @@ from typing import Any
 from megatron_multiturn.decoding import open_decoder
 from megatron_multiturn.dry_run import show_sessions
 from megatron_multiturn.encoding import SessionEncoder
-from megatron_multiturn.encoding_pool import Work
+from megatron_multiturn.encoding_pool import Work, sample_texts
+from megatron_multiturn.engines import ENGINES, choose_engine
 from megatron_multiturn.errors import ConfigError, MultiTurnError
 from megatron_multiturn.input_files import expand_inputs
 from megatron_multiturn.journal import is_placing
 from megatron_multiturn.manifest import TemplateIdentity
 from megatron_multiturn.pipeline import Job, check_outputs, preprocess_sessions
 from megatron_multiturn.progress import format_bytes
+from megatron_multiturn.prompt_variants import PromptVariants, read_phrasings
 from megatron_multiturn.records import check_input_files
 from megatron_multiturn.row_view import terminal_style, use_color
 from megatron_multiturn.sessions import FORMATS
@@ -36,7 +38,7 @@ from megatron_multiturn.vocabulary import open_vocabulary, tokenizer_fingerprint
 _FLAGS_THAT_DECIDE_NOTHING = (
     *("input", "output_prefix", "overwrite", "workers", "shard", "dry_run", "on_bad_session"),
     *("tokenizer_model", "vocab_file", "merge_file", "template", "jinja_template"),
-    "template_date",
+    *("template_date", "tokenizer_engine"),
 )
 _MAX_DEFAULT_WORKERS = 16
 
@@ -101,9 +103,33 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="show the first N sessions, what is trained on in colour, and write nothing",
     )
+    parser.add_argument(
+        "--prompt-variants",
+        type=_phrasings,
+        metavar="FILE",
+        help="phrasings, one a line, such as 'what is {query}?': in a session of one question "
+        "that is a bare term, the question is put in one of them",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=1234, metavar="N", help="of the draw of phrasings"
+    )
     add_template_flags(parser)
     add_tokenizer_flags(parser, required=True)
+    parser.add_argument(
+        "--tokenizer-engine",
+        choices=ENGINES,
+        default="auto",
+        help="what encodes: gigatoken, if it gives the ids of the tokenizer's own library on the "
+        "user's data, else that library (auto, default); or one of the two",
+    )
     return parser
+
+
+def _phrasings(path: str) -> tuple[str, ...]:
+    try:
+        return read_phrasings(path)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -151,7 +177,7 @@ def _run(args: argparse.Namespace) -> None:
         if not is_placing(run):
             check_outputs(job)
         _announce(job)
-        encoder, tokenizer = _build_encoder(args)
+        encoder, tokenizer = _build_encoder(args, job)
         template = encoder.template
         summary = preprocess_sessions(
             job,
@@ -178,11 +204,11 @@ def _show(args: argparse.Namespace) -> None:
         raise ConfigError(f"--dry-run {args.dry_run}: show at least 1 session")
     job = _job_of(args)
     _announce(job)
-    encoder, tokenizer = _build_encoder(args)
+    encoder, tokenizer = _build_encoder(args, job)
     blocks = show_sessions(
         cut_shard(job.inputs, job.shard),
         args.dry_run,
-        Work(encoder=encoder, form=job.form, train_on=job.train_on),
+        Work(encoder=encoder, form=job.form),
         open_decoder(tokenizer),
         terminal_style(use_color("auto", is_terminal=sys.stdout.isatty())),
         skip_bad_sessions=job.skip_bad_sessions,
@@ -211,7 +237,6 @@ def _job_of(args: argparse.Namespace) -> Job:
         prefix=prefix,
         shard=shard,
         form=args.format,
-        train_on=args.train_on,
         skip_bad_sessions=args.on_bad_session == "skip",
         num_workers=args.workers,
         overwrite=args.overwrite,
@@ -232,13 +257,23 @@ def _announce(job: Job) -> None:
     print(f"preprocess: {what}; loading the tokenizer", file=sys.stderr, flush=True)
 
 
-def _build_encoder(args: argparse.Namespace) -> tuple[SessionEncoder, Any]:
+def _build_encoder(args: argparse.Namespace, job: Job) -> tuple[SessionEncoder, Any]:
     """The encoder, and Megatron's tokenizer."""
     tokenizer = build_tokenizer(args)
     vocabulary = open_vocabulary(tokenizer)
     template = build_template(args, vocabulary, tokenizer)
+    engine, note = choose_engine(
+        args.tokenizer_engine, vocabulary, sample_texts(job.inputs, job.form)
+    )
+    if note:
+        print(f"preprocess: {note}", file=sys.stderr, flush=True)
     encoder = SessionEncoder(
-        template, vocabulary, literal_control_tokens=args.literal_control_tokens
+        template,
+        vocabulary,
+        engine=engine,
+        train_on=args.train_on,
+        prompt_variants=args.prompt_variants and PromptVariants(args.prompt_variants, args.seed),
+        literal_control_tokens=args.literal_control_tokens,
     )
     return encoder, tokenizer
 

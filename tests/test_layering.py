@@ -21,7 +21,15 @@ ORDER = (
     *("template_families", "control_tokens", "turn_spans", "template_input"),
     *("containment", "sandbox"),
     *("rendered_session", "jinja_templates", "vocabulary", "run_encoder"),
-    *("engines", "layouts", "plain_chats", "encoded_sessions", "batch_encoding", "encoding"),
+    *(
+        "engines",
+        "layouts",
+        "plain_chats",
+        "prompt_variants",
+        "encoded_sessions",
+        "batch_encoding",
+        "encoding",
+    ),
     *("index_file", "manifest", "batch_checks", "spooled_columns", "session_writer"),
     *("encoding_pool", "tally", "unfinished", "journal", "shard_files", "progress"),
     # dataset -> rows -> training
