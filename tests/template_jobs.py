@@ -66,7 +66,7 @@ def jinja_template(
 
 
 @functools.cache
-def family_template(folder: Path, name: str, vocabulary: Vocabulary, **options: Any) -> Any:
+def family_template(folder: Path, name: str, vocabulary: Any, **options: Any) -> Any:
     """One of shared/tokenizers/chat_templates, with the tokens that Qwen's vocabulary has."""
     source = (folder / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
     tokens = {"bos_token": "", "eos_token": "<|im_end|>"}
@@ -89,7 +89,7 @@ def encode_all(template: ChatTemplate, vocabulary: Vocabulary, session: Session)
 
 
 @functools.lru_cache(maxsize=64)
-def _encoder_of(template: ChatTemplate, vocabulary: Vocabulary) -> SessionEncoder:
+def _encoder_of(template: Any, vocabulary: Any) -> SessionEncoder:
     return SessionEncoder(template, vocabulary)
 
 
