@@ -1,6 +1,5 @@
 """Chat templates and what becomes of sessions in them, for the tests of templates."""
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -65,9 +64,22 @@ def jinja_template(
     )
 
 
-@functools.cache
-def family_template(folder: Path, name: str, vocabulary: Any, **options: Any) -> Any:
+def family_template(
+    folder: Path, name: str, vocabulary: Vocabulary, **options: Any
+) -> JinjaTemplate:
     """One of shared/tokenizers/chat_templates, with the tokens that Qwen's vocabulary has."""
+    key = (name, id(vocabulary), repr(options))
+    if key not in _families:
+        _families[key] = _read_family(folder, name, vocabulary, options)
+    return _families[key]
+
+
+_families: dict[tuple[str, int, str], JinjaTemplate] = {}
+
+
+def _read_family(
+    folder: Path, name: str, vocabulary: Vocabulary, options: dict[str, Any]
+) -> JinjaTemplate:
     source = (folder / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
     tokens = {"bos_token": "", "eos_token": "<|im_end|>"}
     return jinja_template(source, vocabulary, name=name, named_tokens=tokens, **options)
@@ -85,12 +97,13 @@ class Encoded:
 
 def encode_all(template: ChatTemplate, vocabulary: Vocabulary, session: Session) -> list[Encoded]:
     """The documents of a session; raises its SessionError."""
-    return [_encoded(one) for one in _encoder_of(template, vocabulary).encode([session]).sessions]
+    key = (id(template), id(vocabulary))
+    if key not in _encoders:  # which keep both alive
+        _encoders[key] = SessionEncoder(template, vocabulary)
+    return [_encoded(one) for one in _encoders[key].encode([session]).sessions]
 
 
-@functools.lru_cache(maxsize=64)
-def _encoder_of(template: Any, vocabulary: Any) -> SessionEncoder:
-    return SessionEncoder(template, vocabulary)
+_encoders: dict[tuple[int, int], SessionEncoder] = {}
 
 
 def _encoded(one: Any) -> Encoded:

@@ -62,17 +62,17 @@ def control_ids(vocabulary: Vocabulary) -> set[int]:
 
 
 @cache
-def template_of(name: str, vocabulary: Any) -> ChatTemplate:
+def template_of(name: str, kind: str) -> ChatTemplate:
     if name == "marked":
-        return jinja_template(MARKED, vocabulary)
+        return jinja_template(MARKED, vocabulary_of(kind))
     if name == "unmarked":
-        return jinja_template(UNMARKED, vocabulary)
+        return jinja_template(UNMARKED, vocabulary_of(kind))
     return TEMPLATES[name]
 
 
 def encode(template: str, kind: str, session: Session) -> Encoded:
     vocabulary = vocabulary_of(kind)
-    (encoded,) = encode_all(template_of(template, vocabulary), vocabulary, session)
+    (encoded,) = encode_all(template_of(template, kind), vocabulary, session)
     return encoded
 
 
@@ -209,9 +209,7 @@ def test_added_tokens_that_a_template_writes_are_text_in_questions() -> None:
 
 def refusing(template: str, kind: str) -> SessionEncoder:
     vocabulary = vocabulary_of(kind)
-    return SessionEncoder(
-        template_of(template, vocabulary), vocabulary, literal_control_tokens="error"
-    )
+    return SessionEncoder(template_of(template, kind), vocabulary, literal_control_tokens="error")
 
 
 @pytest.mark.parametrize("place", PLACES)
