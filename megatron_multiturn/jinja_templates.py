@@ -153,8 +153,8 @@ class JinjaTemplate:
         upto = rendered.upto(answer + 1)
         where = f"{rendered.location}: message {answer + 1}"
         if not self._sandbox.has_markers:
-            opening = rendered.opening(answer)
-            if not upto.text.startswith(opening) or len(opening) == len(upto.text):
+            opening = self._opening(rendered, answer)
+            if opening is None or len(opening) == len(upto.text):
                 raise SessionError(
                     f"{where}: template {self.name} does not write the answer behind what it "
                     "writes to ask for one (add_generation_prompt), so the answer cannot be told "
@@ -175,6 +175,16 @@ class JinjaTemplate:
         start, stop = blocks[0]
         start += _overlap(self._prompt(rendered), upto.text, start, stop)
         return [span for span in ((start, stop), *blocks[1:]) if span[0] < span[1]] or blocks
+
+    def _opening(self, rendered: RenderedSession, answer: int) -> str | None:
+        """The text before an answer; None if it is not what asks for the answer."""
+        try:
+            opening = rendered.opening(answer)
+        except SessionError:
+            if answer:
+                raise
+            return None  # many templates need a message before the answer
+        return opening if rendered.upto(answer + 1).text.startswith(opening) else None
 
     def _prompt(self, rendered: RenderedSession) -> str:
         """What asks for an answer, by these variables; "" if the template has no such thing."""

@@ -117,7 +117,7 @@ class SentencePieceVocabulary:
         literals = [
             below.id_to_piece(index)
             for index in range(below.vocab_size())
-            if below.is_control(index) or below.is_unknown(index)
+            if below.is_control(index)
         ]
         return [
             ControlToken(literal=literal, special=True)
@@ -183,6 +183,8 @@ class HuggingFaceVocabulary:
         return [self._tokenizer.decode(one, clean_up_tokenization_spaces=False) for one in ids]
 
     def id_of(self, token: str) -> int | None:
+        if self._backend is not None:
+            return _id_or_none(self._backend.token_to_id(token))
         return _id_or_none(self._tokenizer.get_vocab().get(token))
 
     def literal_of(self, token_id: int) -> str:
