@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -276,6 +277,12 @@ def test_shards_that_do_not_go_together_are_refused(
         stream.write("\n")
     assert "a.jsonl: is missing or not the file that the shards were made of" in refused()
     os.truncate(corpus[0], stamp.st_size)
+    unfinished = tmp_path / "parts.unfinished"
+    unfinished.mkdir()
+    (unfinished / "journal.json").write_text("{}")
+    assert "parts.unfinished: is of a run without shards that was not finished" in refused()
+    assert (unfinished / "journal.json").exists()
+    shutil.rmtree(unfinished)
     os.utime(corpus[0], ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
     assert merge.main([prefix]) == 0
 
