@@ -4,7 +4,8 @@ The way of the data; each module imports only modules above it:
 
      input files
          |  input_files.py files, patterns, folders, gzip, zstd; parquet_records.py: Parquet
-         |  records.py     -> raw records, streamed
+         |  shards.py      which part of the input is read
+         |  records.py     -> raw records in blocks (record_blocks.py, json_lists.py)
          |  sessions.py    every input format -> Session, every error with file and line
          |                 (chat_formats.py, question_formats.py; entries.py, tool_fields.py)
          |  supervision.py which answers --train-on leaves to be trained on
@@ -15,8 +16,11 @@ The way of the data; each module imports only modules above it:
       [Segment]
          |  encoding.py    batched tokenisation -> tokens and one mode a segment
          v
-    EncodedSession
+     EncodedBatch
+         |  encoding_pool.py   all this in worker processes, in the order of the input
          |  session_writer.py  PREFIX.bin, .idx, .json: Megatron's own indexed dataset + manifest
+         |  pipeline.py        reads and writes; journal.py, unfinished.py: goes on after a kill
+         |  merge.py           the shards of a run -> what one run would have written
          |  store.py       reads it: memory-mapped, from files or from object storage
          v
     SessionStore

@@ -1,5 +1,6 @@
 """Blocks of records -> encoded batches, in worker processes, in the order of the input."""
 
+import gc
 import json
 import multiprocessing
 import os
@@ -109,6 +110,9 @@ def encode_blocks[Tag](
         for tag, block in blocks:
             yield tag, block, work.encode_block(block)
         return
+    # What is there already is not looked through in the workers, which would copy its pages.
+    gc.collect()
+    gc.freeze()
     pool = ProcessPoolExecutor(
         num_workers,
         # A forked worker has the tokenizer already; Megatron runs where there is fork.
@@ -131,6 +135,7 @@ def encode_blocks[Tag](
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+        gc.unfreeze()
 
 
 def _take[Tag](

@@ -82,6 +82,11 @@ def merge_shards(prefix: str, *, overwrite: bool) -> str:
                 "manifest needs; run this in the folder that the shards were made in"
             )
     with UnfinishedRun(prefix) as run:
+        if not overwrite and run.read() is not None:
+            raise ConfigError(
+                f"{run.folder}: is of a run without shards that was not finished; remove it, or "
+                "pass --overwrite"
+            )
         run.forget()
         columns = SpooledColumns(run.folder)
         tally = Tally()

@@ -10,7 +10,7 @@ import decimal
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -20,14 +20,14 @@ _BATCH_ROWS = 256
 _BUFFER_BYTES = 1 << 20
 
 
-def read_rows(
+def read_batches(
     path: str, first_group: int = 0, stop_group: int | None = None, first_row: int = 0
-) -> Iterator[tuple[bytes, int, int, int]]:
-    """(JSON text, row, row group, bytes of the file up to the row) of the rows of some row groups.
+) -> Iterator[tuple[Any, int, int, int]]:
+    """(rows, number of the first, row group, bytes of the file up to their end).
 
-    Rows and row groups are counted from 1 over the whole file, the bytes are about; first_row:
-    counted from 0, those before it are left out. Raises ConfigError without pyarrow, and for a
-    file that is broken or holds no row.
+    The rows are a pyarrow.RecordBatch of one row group. Rows are counted from 0 over the whole
+    file and those before first_row left out, row groups from 1; the bytes are about. Raises
+    ConfigError without pyarrow, and for a file that is broken or holds no row.
     """
     with _opened(path) as file:
         metadata = file.metadata
@@ -40,11 +40,35 @@ def read_rows(
             if group < first_group or row + num_rows <= first_row:
                 row += num_rows
                 continue
-            for batch in file.iter_batches(_BATCH_ROWS, row_groups=[group]):
-                for data in _rows_of(batch, f"{path}:{row + 1}"):
-                    row += 1
-                    if row > first_row:
-                        yield data, row, group + 1, num_bytes * row // metadata.num_rows
+            for whole in file.iter_batches(_BATCH_ROWS, row_groups=[group]):
+                batch = whole.slice(max(0, first_row - row))
+                begin, row = row + whole.num_rows - batch.num_rows, row + whole.num_rows
+                if batch.num_rows:
+                    yield batch, begin, group + 1, num_bytes * row // metadata.num_rows
+
+
+def pack_batches(batches: Sequence[Any]) -> bytes:
+    """Record batches of one file as bytes, for another process to unpack."""
+    import pyarrow
+
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.ipc.new_stream(sink, batches[0].schema) as stream:
+        for batch in batches:
+            stream.write_batch(batch)
+    return bytes(sink.getvalue())
+
+
+def unpack_rows(data: bytes, path: str, first_row: int) -> Iterator[bytes]:
+    """The JSON text of each row of packed batches; first_row: its number, counted from 0.
+
+    Raises ConfigError for a value that Python has no type for.
+    """
+    import pyarrow
+
+    row = first_row
+    for batch in pyarrow.ipc.open_stream(data):
+        yield from _rows_of(batch, f"{path}:{row + 1}")
+        row += batch.num_rows
 
 
 def num_row_groups(path: str) -> int:

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -143,8 +144,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             _run(args)
     except BrokenPipeError:  # a pager that was closed; Python would complain when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (MultiTurnError, OSError) as error:  # OSError: the disk is full, say
-        print(f"error: {error}", file=sys.stderr)
+    except (MultiTurnError, OSError) as error:
+        print(f"error: {_with_remedy(error, args.output_prefix)}", file=sys.stderr)
         _say_what_is_kept(args)
         return 1
     except KeyboardInterrupt:
@@ -154,6 +155,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         signal.signal(signal.SIGTERM, handler_before)
     return 0
+
+
+def _with_remedy(error: Exception, prefix: str) -> str:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{prefix}: {error.strerror}; make room there and give the same command again"
+    return str(error)
 
 
 def _raise_exit(number: int, _frame: FrameType | None) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_multiturn.errors import ConfigError
+from megatron_multiturn.parquet_records import unpack_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +79,7 @@ class LineBlock:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordBlock:
-    """Items of a JSON list, or rows of a Parquet file."""
+    """Items of a JSON list."""
 
     path: str
     held: tuple[RawRecord, ...]
@@ -90,4 +91,25 @@ class RecordBlock:
         return iter(self.held)
 
 
-Block = LineBlock | RecordBlock
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowBlock:
+    """Rows of one row group of a Parquet file; they become JSON where they are used."""
+
+    path: str
+    data: bytes  # packed, see `parquet_records`
+    first_row: int  # counted from 0 over the whole file
+    group: int  # counted from 1
+    end: FilePlace
+    raw_position: int
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.data)
+
+    def records(self) -> Iterator[RawRecord]:
+        rows = unpack_rows(self.data, self.path, self.first_row)
+        for row, data in enumerate(rows, start=self.first_row + 1):
+            yield RawRecord(data=data, location=f"{self.path}:{row} (row group {self.group})")
+
+
+Block = LineBlock | RecordBlock | RowBlock

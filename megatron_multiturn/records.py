@@ -14,11 +14,17 @@ import codecs
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_multiturn.errors import ConfigError
 from megatron_multiturn.input_files import is_parquet, is_plain, open_decoded, raw_position
 from megatron_multiturn.json_lists import read_items
-from megatron_multiturn.parquet_records import check_can_read, num_rows_before, read_rows
+from megatron_multiturn.parquet_records import (
+    check_can_read,
+    num_rows_before,
+    pack_batches,
+    read_batches,
+)
 from megatron_multiturn.record_blocks import (
     Block,
     FilePart,
@@ -26,6 +32,7 @@ from megatron_multiturn.record_blocks import (
     LineBlock,
     RawRecord,
     RecordBlock,
+    RowBlock,
 )
 
 __all__ = ["RawRecord", "check_input_files", "is_cuttable", "read_blocks", "read_records"]
@@ -212,29 +219,9 @@ def _read_line_blocks(
 def _read_item_blocks(
     path: str, stream: io.BufferedReader, first_line: int, place: FilePlace | None
 ) -> Iterator[RecordBlock]:
-    records = (
-        (RawRecord(data=data, location=f"{path}:{line} (item {item})"), raw_position(stream))
-        for data, line, item in read_items(path, stream, first_line)
-    )
-    return _join_records(path, records, 0, 0 if place is None else place.offset)
-
-
-def _read_row_blocks(part: FilePart, place: FilePlace | None) -> Iterator[RecordBlock]:
-    path = part.path
-    first = num_rows_before(path, part.begin) if place is None else place.offset
-    records = (
-        (RawRecord(data=data, location=f"{path}:{row} (row group {group})"), position)
-        for data, row, group, position in read_rows(path, part.begin, part.end, first)
-    )
-    return _join_records(path, records, first, first)
-
-
-def _join_records(
-    path: str, records: Iterator[tuple[RawRecord, int]], number: int, first: int
-) -> Iterator[RecordBlock]:
-    """Blocks of the records from number `first` on; `number`: of the first record given."""
+    """Blocks of the items of a JSON list from a place on."""
     held: list[RawRecord] = []
-    num_bytes = position = 0
+    num_bytes = number = 0
 
     def block() -> RecordBlock:
         return RecordBlock(
@@ -242,17 +229,46 @@ def _join_records(
             held=tuple(held),
             num_bytes=num_bytes,
             end=FilePlace(offset=number),
-            raw_position=position,
+            raw_position=raw_position(stream),
         )
 
-    for record, position in records:  # noqa: B007 (read by block())
-        number += 1
-        if number <= first:
+    for data, line, number in read_items(path, stream, first_line):
+        if place is not None and number <= place.offset:
             continue
-        held.append(record)
-        num_bytes += len(record.data)
+        held.append(RawRecord(data=data, location=f"{path}:{line} (item {number})"))
+        num_bytes += len(data)
         if num_bytes >= _BLOCK_BYTES:
             yield block()
             held, num_bytes = [], 0
+    if held:
+        yield block()
+
+
+def _read_row_blocks(part: FilePart, place: FilePlace | None) -> Iterator[RowBlock]:
+    """Blocks of the rows of some row groups from a place on."""
+    path = part.path
+    first = num_rows_before(path, part.begin) if place is None else place.offset
+    held: list[Any] = []
+    num_bytes = first_row = held_group = row = position = 0
+
+    def block() -> RowBlock:
+        return RowBlock(
+            path=path,
+            data=pack_batches(held),
+            first_row=first_row,
+            group=held_group,
+            end=FilePlace(offset=row),
+            raw_position=position,
+        )
+
+    for batch, begin, group, stop in read_batches(path, part.begin, part.end, first):
+        if held and (group != held_group or num_bytes >= _BLOCK_BYTES):
+            yield block()
+            held, num_bytes = [], 0
+        if not held:
+            first_row, held_group = begin, group
+        held.append(batch)
+        num_bytes += batch.nbytes
+        row, position = begin + batch.num_rows, stop
     if held:
         yield block()

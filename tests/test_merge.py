@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -102,7 +103,7 @@ def test_a_shard_reads_nothing_of_the_others(
     assert shard_records([str(path)], 4)[2] == wanted
 
 
-def test_row_groups_belong_to_one_shard(tmp_path: Path) -> None:
+def test_row_groups_belong_to_one_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"text": f"{number} " * 40} for number in range(50)]
     path = write_parquet(tmp_path / "in", rows, row_group_size=4)
     for count in (1, 2, 3, 5, 13, 40):
@@ -110,6 +111,13 @@ def test_row_groups_belong_to_one_shard(tmp_path: Path) -> None:
         found = [json.loads(text) for texts in shards for text in texts]
         assert found == rows
         assert max(map(len, shards)) <= -(-13 // count) * 4 + 4
+    monkeypatch.setattr(records, "_BLOCK_BYTES", 300)
+    for part in cut_shard([path], Shard(index=1, count=3)):
+        blocks = list(read_blocks(part))
+        assert len(blocks) > 3
+        for number, block in enumerate(blocks):
+            rest = [one for each in read_blocks(part, block.end) for one in each.records()]
+            assert rest == [one for each in blocks[number + 1 :] for one in each.records()]
     (part,) = cut_shard([path], Shard(index=1, count=2))
     first = next(iter(read_blocks(part)))
     assert next(iter(first.records())).location == f"{path}:29 (row group 8)"
@@ -269,6 +277,12 @@ def test_shards_that_do_not_go_together_are_refused(
         stream.write("\n")
     assert "a.jsonl: is missing or not the file that the shards were made of" in refused()
     os.truncate(corpus[0], stamp.st_size)
+    unfinished = tmp_path / "parts.unfinished"
+    unfinished.mkdir()
+    (unfinished / "journal.json").write_text("{}")
+    assert "parts.unfinished: is of a run without shards that was not finished" in refused()
+    assert (unfinished / "journal.json").exists()
+    shutil.rmtree(unfinished)
     os.utime(corpus[0], ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
     assert merge.main([prefix]) == 0
 

@@ -19,9 +19,12 @@ import pytest
 from session_fixtures import make_record, tiny_hugging_face, tiny_sentencepiece, write_jsonl
 
 from megatron_multiturn import records
-from megatron_multiturn.encoding_pool import Work
+from megatron_multiturn.encoding_pool import Work, encode_blocks
 from megatron_multiturn.errors import MultiTurnError
 from megatron_multiturn.preprocess import main
+from megatron_multiturn.progress import Progress
+from megatron_multiturn.record_blocks import FilePart
+from megatron_multiturn.records import read_blocks
 from megatron_multiturn.store import SessionStore
 
 Run = Callable[..., tuple[int, str, str]]
@@ -244,7 +247,12 @@ def test_a_full_disk_ends_the_run(
 
     monkeypatch.setattr(os, "fsync", fail)
     code, _, err = run(write_jsonl(tmp_path / "a.jsonl", [make_record(1)]))
-    assert (code, said(err)) == (1, "error: [Errno 28] No space left on device\n")
+    assert code == 1
+    assert re.fullmatch(
+        "error: .*out/data: No space left on device; make room there and give the same command "
+        "again\n",
+        said(err),
+    )
     assert outputs(tmp_path) == []
 
 
@@ -493,3 +501,94 @@ def _num_in_group(group: int) -> int:
             continue
         num_running += int(fields[2]) == group and fields[0] != "Z"
     return num_running
+
+
+def test_a_dry_run_shows_sessions_and_writes_nothing(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    path = write_jsonl(tmp_path / "a.jsonl", [BAD, *(make_record(turns) for turns in (2, 1, 3))])
+    flags = ("--on-bad-session", "skip", "--dry-run", "2")
+    code, out, err = run(path, flags=flags, template="chatml")
+    assert (code, said(err)) == (0, "")
+    assert outputs(tmp_path) == []
+    assert "\x1b[" not in out  # no terminal
+    assert f"session 1: {path}:2\n" in out
+    assert f"session 2: {path}:3\n" in out
+    assert f"{path}:4" not in out
+    assert out.count("┃ answer 1<|im_end|>") == 2
+    assert "│ question 2" in out
+    assert "kept      2 sessions, 3 turns\n" in out
+    assert f"1 no-assistant  first: {path}:1\n" in out
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    in_color = run(path, flags=flags, template="chatml")[1]
+    assert re.search("\x1b\\[32m┃ answer 1<.im_end.>\x1b", in_color)
+    assert re.sub("\x1b\\[[0-9;]*m", "", in_color) == out
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert run(path, flags=flags, template="chatml")[1] == out
+    code, _, err = run(path, flags=("--dry-run", "1"))
+    assert code == 1
+    assert "a.jsonl:1: no assistant message" in err
+    code, _, err = run(path, flags=("--dry-run", "0"))
+    assert code == 1
+    assert "--dry-run 0: show at least 1 session" in err
+    assert run(path, flags=(*flags, "--shard", "1/2"))[0] == 0
+    assert outputs(tmp_path) == []
+
+
+def test_the_first_line_comes_before_anything_heavy(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [make_record(1)])
+    code = (
+        "import sys\n"
+        "from megatron_multiturn import preprocess\n"
+        "def heavy(args):\n"
+        "    names = ('torch', 'transformers', 'megatron', 'pyarrow', 'sentencepiece')\n"
+        "    sys.exit(' '.join(name for name in names if name in sys.modules) or 77)\n"
+        "preprocess.build_tokenizer = heavy\n"
+        "preprocess.main()\n"
+    )
+    command = [sys.executable, "-c", *slow_command(tmp_path, path)[3:]]
+    command.insert(2, code)
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 77, done.stderr
+    size = os.path.getsize(path)
+    assert done.stderr == f"{ANNOUNCED}1 file, {size} bytes; loading the tokenizer\n"
+
+
+def test_progress_is_told_line_by_line(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    clock = iter([0.0, 10.0, 40.0, 50.0, 71.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    bar = Progress(4_000_000_000, 1_000_000_000)
+    for step in range(1, 5):
+        bar.update(1_000_000_000 + step * 500_000_000, 100)
+    bar.close()
+    assert capsys.readouterr().err.splitlines() == [
+        "preprocess: 50.0% of 4.0 GB, 200 sessions, 5 sessions/s, 25.0 MB/s, 0:01:20 left",
+        "preprocess: 75.0% of 4.0 GB, 400 sessions, 6 sessions/s, 28.2 MB/s, 0:00:36 left",
+    ]
+
+
+def test_a_pool_of_workers_is_not_asked_for_more_than_it_has(tmp_path: Path) -> None:
+    """However much input there is, only so many blocks are read ahead."""
+    path = write_jsonl(tmp_path / "a.jsonl", [make_record(1)] * 3000)
+    taken = []
+
+    class Instant(Work):
+        def encode_block(self, block: Any) -> Any:
+            return len(block.data)
+
+    def blocks() -> Any:
+        for number, block in enumerate(read_blocks(FilePart.whole(path))):
+            taken.append(number)
+            yield number, block
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(records, "_BLOCK_BYTES", 1000)
+        work = Instant(encoder=None, form="auto", train_on="all")  # type: ignore[arg-type]
+        done = 0
+        for number, _, _ in encode_blocks(work, blocks(), 2):
+            assert number == done
+            assert len(taken) <= done + 8
+            done += 1
+    assert done > 100
