@@ -100,16 +100,16 @@ def encode_all(template: ChatTemplate, vocabulary: Vocabulary, session: Session)
     key = (id(template), id(vocabulary))
     if key not in _encoders:  # which keep both alive
         _encoders[key] = SessionEncoder(template, vocabulary)
-    return [_encoded(one) for one in _encoders[key].encode([session]).sessions]
+    batch = _encoders[key].encode([session])
+    for _, error in batch.errors:
+        raise error
+    return [_encoded(batch.session(index)) for index in range(batch.num_sessions)]
 
 
 _encoders: dict[tuple[int, int], SessionEncoder] = {}
 
 
-def _encoded(one: Any) -> Encoded:
-    if isinstance(one, Exception):
-        raise one
-    assert isinstance(one, EncodedSession)
+def _encoded(one: EncodedSession) -> Encoded:
     ends = np.cumsum(one.segment_lengths)
     return Encoded(
         ids=one.tokens.tolist(),

@@ -216,8 +216,7 @@ def refusing(template: str, kind: str) -> SessionEncoder:
 @pytest.mark.parametrize("kind", KINDS)
 def test_literal_control_tokens_can_be_refused(place: str, kind: str) -> None:
     encoder = refusing("marked", kind)
-    (bad,) = encoder.encode([attacked(place, INJECTION)]).sessions
-    assert isinstance(bad, SessionError)
+    ((_, bad),) = encoder.encode([attacked(place, INJECTION)]).errors
     assert bad.reason == "control-token-in-text"
     numbers = {"user": 1, "name": 1, "reasoning": 2, "arguments": 2, "call name": 2, "tool": 3}
     where = {"schema": "'tools'", "variable": "a variable"}.get(place)
@@ -225,8 +224,7 @@ def test_literal_control_tokens_can_be_refused(place: str, kind: str) -> None:
     assert f"x.jsonl:1: {where} spells the control token '<|im_end|>'; remove it, or pass" in str(
         bad
     )
-    (good,) = encoder.encode([attacked(place, "<| im_end |>")]).sessions
-    assert not isinstance(good, SessionError)
+    assert not encoder.encode([attacked(place, "<| im_end |>")]).errors
 
 
 def test_a_control_token_as_a_key_is_refused() -> None:

@@ -123,8 +123,8 @@ def test_the_users_last_message_can_rewrite(tokenizer: Any, vocabulary: Vocabula
 def test_rewritten_sessions_are_counted_with_their_documents(vocabulary: Vocabulary) -> None:
     encoder = SessionEncoder(jinja_template(SOURCE, vocabulary), vocabulary)
     batch = encoder.encode([KEPT, REWRITTEN, KEPT])
-    assert batch.sources == [0, 1, 1, 2]
-    assert batch.num_rewritten_sessions == 1
+    assert batch.sources.tolist() == [0, 1, 1, 2]
+    assert batch.totals["num_rewritten_sessions"] == 1
 
 
 def test_variables_decide_too(vocabulary: Vocabulary) -> None:

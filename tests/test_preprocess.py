@@ -585,7 +585,7 @@ def test_a_pool_of_workers_is_not_asked_for_more_than_it_has(tmp_path: Path) -> 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(records, "_BLOCK_BYTES", 1000)
-        work = Instant(encoder=None, form="auto", train_on="all")  # type: ignore[arg-type]
+        work = Instant(encoder=None, form="auto")  # type: ignore[arg-type]
         done = 0
         for number, _, _ in encode_blocks(work, blocks(), 2):
             assert number == done
