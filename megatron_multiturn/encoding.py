@@ -102,19 +102,20 @@ class SessionEncoder:
         totals: Counter[str] = Counter()
         with self._template.batch():
             for source, session in enumerate(sessions):
+                rephrased = self._rephrased(session)
                 try:
-                    documents = self._add(batch, session)
+                    documents = self._add(batch, rephrased)
                 except SessionError as error:
                     errors.append((source, error))
                     continue
                 sources += [source] * len(documents)
+                totals["num_rephrased_sessions"] += rephrased is not session
                 totals["num_open_turns"] += sum(one.num_open_turns for one in documents)
                 totals["num_rewritten_sessions"] += any(one.history_rewritten for one in documents)
         return self._finish(batch, sessions, sources, errors, totals)
 
     def _add(self, batch: DocumentBatch, session: Session | PlainChat) -> Sequence[Document]:
         """Add a session's documents to the batch."""
-        session = self._rephrased(session)
         if isinstance(session, PlainChat):
             if self._fill_layout(batch, session):
                 return _ONE_DOCUMENT

@@ -98,10 +98,9 @@ class GigatokenEngine:
         self._vocabulary = vocabulary
         self._check_interval = check_interval
         self._num_texts = 0
-        self._backend = _load_backend(vocabulary)
+        self._backend, literals = _load_backend(vocabulary)
         self._compare(_TRICKY_TEXTS)
-        literals = [token.literal for token in vocabulary.control_tokens()]
-        self._compare([f"a{literal}b {literal}" for literal in literals])
+        self._compare([text for one in literals for text in (one, f"a{one}b {one}")])
         two = self._encode(["a", "a"])
         self._joint = self._decode(two)[1:-1].decode()  # what it writes between two texts
 
@@ -176,7 +175,8 @@ def _find_lossy(
     )
 
 
-def _load_backend(vocabulary: Vocabulary) -> Any:
+def _load_backend(vocabulary: Vocabulary) -> tuple[Any, list[str]]:
+    """(the encoder, the literals of the tokens that were added to the vocabulary)"""
     try:
         gigatoken = importlib.import_module("gigatoken")
     except ImportError as error:
@@ -188,11 +188,11 @@ def _load_backend(vocabulary: Vocabulary) -> Any:
         if isinstance(source, bytes):
             source = gigatoken.Tokenizer.from_sentencepiece(source)._hf_json
         description = json.loads(source)
+        added = description.get("added_tokens", ())
         # A message that spells a special token is text.
-        description["added_tokens"] = [
-            token for token in description.get("added_tokens", ()) if not token["special"]
-        ]
-        return gigatoken.Tokenizer.from_json(json.dumps(description))
+        description["added_tokens"] = [token for token in added if not token["special"]]
+        backend = gigatoken.Tokenizer.from_json(json.dumps(description))
+        return backend, [token["content"] for token in added]
     except ConfigError:
         raise
     except BaseException as error:  # a panic of its Rust part is no Exception

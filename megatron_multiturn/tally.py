@@ -16,6 +16,7 @@ _NOTES = {
     "num_unknown_tokens": "tokens are unknown to the vocabulary",
     "num_lossy_sessions": "sessions do not decode to exactly their text",
     "num_recut_sessions": "sessions have a token across the edge of an answer",
+    "num_rephrased_sessions": "sessions have their question phrased anew by --prompt-variants",
     "num_rewritten_sessions": "sessions have a history that the template rewrites, see "
     "--history-rewriting",
     "num_open_turns": "turns do not end with a control token, so that the model does not learn to "

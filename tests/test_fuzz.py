@@ -21,6 +21,7 @@ from megatron_multiturn.encoding_pool import Work
 from megatron_multiturn.errors import MultiTurnError
 from megatron_multiturn.record_blocks import FilePlace, LineBlock
 from megatron_multiturn.store import SessionStore
+from megatron_multiturn.supervision import TRAIN_ON
 from megatron_multiturn.template_families import TEMPLATES
 from megatron_multiturn.vocabulary import open_vocabulary
 
