@@ -26,7 +26,8 @@ import jinja2
 from megatron_multiturn.containment import TemplateLimitError, bounded, bounded_session
 from megatron_multiturn.control_tokens import ControlLiterals, ControlToken
 from megatron_multiturn.errors import ConfigError, SessionError
-from megatron_multiturn.rendered_session import RenderedSession, render_checked
+from megatron_multiturn.rendered_session import RenderedSession
+from megatron_multiturn.renderings import render_checked
 from megatron_multiturn.sandbox import ChatSandbox
 from megatron_multiturn.sessions import Session
 from megatron_multiturn.templates import Document, Special, render_plain

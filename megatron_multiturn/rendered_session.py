@@ -4,22 +4,17 @@ What lies where is told by comparison only: two renderings of which one begins t
 that are equal but for characters that were put in place of some of the session's.
 """
 
-import json
+import functools
+import itertools
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
-import jinja2
-
 from megatron_multiturn.control_tokens import ControlLiterals
-from megatron_multiturn.errors import ConfigError, SessionError
+from megatron_multiturn.errors import SessionError
+from megatron_multiturn.renderings import Rendering, render_checked, without_marks
 from megatron_multiturn.sandbox import (
-    GENERATION_CLOSE,
-    GENERATION_OPEN,
+    MESSAGE_END,
     ChatSandbox,
-    TemplateRefusalError,
 )
 from megatron_multiturn.sessions import Session
 from megatron_multiturn.template_input import (
@@ -34,16 +29,7 @@ from megatron_multiturn.template_input import (
 )
 from megatron_multiturn.turn_spans import Span
 
-_RESERVED = re.compile("[\ufdd0-\ufdd2]")
-_MARKS = re.compile(f"([{GENERATION_OPEN}{GENERATION_CLOSE}])")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rendering:
-    """A rendered text and its `{% generation %}` blocks."""
-
-    text: str
-    blocks: list[Span]
+_RESERVED = re.compile("[\ufdd0-\ufdd3]")
 
 
 class RenderedSession:
@@ -71,28 +57,24 @@ class RenderedSession:
         self._messages = [message_variables(message) for message in session.messages]
         self._tools = list(session.tools)
         self._made: dict[tuple[int, bool], Rendering] = {}
-        texts = json.dumps(
-            [self._messages, self._tools, dict(session.template_variables)],
-            ensure_ascii=False,
-            default=str,
-        )
-        if _RESERVED.search(texts):
+        given = [self._messages, self._tools, self.variables_given()]
+        calls = [message["tool_calls"] for message in self._messages if "tool_calls" in message]
+        keys = set(keys_in([calls, *given[1:]]))  # the other keys are our own
+        texts = texts_in(given)
+        if _RESERVED.search("\n".join((*keys, *(text for text, _ in texts)))):
             raise SessionError(
-                f"{self.location}: the text holds one of the noncharacters U+FDD0 to U+FDD2, "
+                f"{self.location}: the text holds one of the noncharacters U+FDD0 to U+FDD3, "
                 "which no text should; remove it",
                 reason="noncharacter",
             )
-        for key in keys_in([self._messages, self._tools, self.variables_given()]):
+        for key in sorted(keys):
             if literals.find(key):
                 raise SessionError(
                     f"{self.location}: a key of a tool, its arguments or a template variable "
                     f"spells a control token: {key[:60]!r}; rename it",
                     reason="control-token-in-key",
                 )
-        self._is_risky = any(
-            self._risky_spans(text, own)
-            for text, own in texts_in([self._messages, self._tools, self.variables_given()])
-        )
+        self._is_risky = any(self._risky_spans(text, own) for text, own in texts)
 
     @property
     def num_messages(self) -> int:
@@ -230,8 +212,43 @@ class RenderedSession:
     def _rendering(self, count: int, *, prompt: bool) -> Rendering:
         key = (count, prompt)
         if key not in self._made:
-            self._made[key] = self._render(self._messages[:count], self._tools, {}, prompt=prompt)
+            self._made[key] = self._head(count, prompt=prompt) or self._render(
+                self._messages[:count], self._tools, {}, prompt=prompt
+            )
         return self._made[key]
+
+    def _head(self, count: int, *, prompt: bool) -> Rendering | None:
+        """A rendering of the first messages, out of that of all, where `append_only` proves it."""
+        if not count or self._heads is None:
+            return None
+        if not prompt:
+            return without_marks(self._heads[count])
+        if self._asking is None:
+            return None
+        return Rendering(text=self.upto(count).text + self._asking, blocks=[])
+
+    @functools.cached_property
+    def _heads(self) -> list[str] | None:
+        """Up to each message, with marks of blocks; None if the template may not only append."""
+        if not self._sandbox.marks_messages:
+            return None
+        pieces = self._raw(self._messages, prompt=False).split(MESSAGE_END)
+        if len(pieces) != self.num_messages + 1 or pieces[-1]:
+            return None
+        return list(itertools.accumulate(pieces[:-1], initial=""))
+
+    @functools.cached_property
+    def _asking(self) -> str | None:
+        """What asks for an answer, the same behind any message; None if that is not sure."""
+        *pieces, asking = self._raw(self._messages, prompt=True).split(MESSAGE_END)
+        is_same = list(itertools.accumulate(pieces, initial="")) == self._heads
+        return without_marks(asking).text if is_same else None
+
+    def _raw(self, messages: list[dict[str, Any]], *, prompt: bool) -> str:
+        given = self.variables | {"messages": messages, "tools": self._tools or None}
+        raw = render_checked(self._sandbox, given, prompt, self.location, strict=True)
+        assert raw is not None
+        return raw
 
     def _render(
         self,
@@ -244,38 +261,7 @@ class RenderedSession:
         given = self.variables | variables | {"messages": messages, "tools": tools or None}
         raw = render_checked(self._sandbox, given, prompt, self.location, strict=True)
         assert raw is not None
-        return _without_marks(raw)
-
-
-def render_checked(
-    sandbox: ChatSandbox,
-    variables: Mapping[str, Any],
-    prompt: bool,
-    location: str,
-    *,
-    strict: bool = False,
-) -> str | None:
-    """The rendering, its generation blocks marked; SessionError, or None, if it fails.
-
-    Raises ConfigError for a template that reaches for what it must not, and MemoryError.
-    """
-    try:
-        return sandbox.render({"documents": None, **variables, "add_generation_prompt": prompt})
-    except jinja2.exceptions.SecurityError as error:
-        raise ConfigError(f"the chat template was stopped: {error}; use another one") from None
-    except MemoryError:
-        raise
-    except Exception as error:  # a template can raise of every kind
-        if not strict:
-            return None
-        refused = isinstance(error, TemplateRefusalError)
-        what = "refuses" if refused else "fails on"
-        reason = str(error).strip() or type(error).__name__
-        raise SessionError(
-            f"{location}: the chat template {what} the session: {' '.join(reason.split())[:300]}; "
-            "correct the session, or leave it out",
-            reason="template-refused" if refused else "template-failed",
-        ) from None
+        return without_marks(raw.replace(MESSAGE_END, ""))
 
 
 def _with_spaces(text: str, span: Span, wanted: str) -> Span:
@@ -290,24 +276,3 @@ def _with_spaces(text: str, span: Span, wanted: str) -> Span:
             break
         stop += 1
     return start, stop
-
-
-def _without_marks(raw: str) -> Rendering:
-    """Take the marks of blocks out; a block in a block is part of it."""
-    if GENERATION_OPEN not in raw:
-        return Rendering(text=raw, blocks=[])
-    pieces = _MARKS.split(raw)
-    blocks: list[Span] = []
-    length = depth = start = 0
-    for piece, mark in pairwise([*pieces, ""]):
-        if piece in (GENERATION_OPEN, GENERATION_CLOSE):
-            continue
-        length += len(piece)
-        if mark == GENERATION_OPEN:
-            start = length if depth == 0 else start
-            depth += 1
-        elif mark == GENERATION_CLOSE:
-            depth -= 1
-            if depth == 0 and start < length:
-                blocks.append((start, length))
-    return Rendering(text="".join(pieces[::2]), blocks=blocks)

@@ -18,11 +18,14 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
+from megatron_multiturn.append_only import message_loop
 from megatron_multiturn.containment import TemplateLimitError, bounded_session
 
 # Noncharacters: no text holds them. They stand around what a `{% generation %}` block writes.
 GENERATION_OPEN = "\ufdd0"
 GENERATION_CLOSE = "\ufdd1"
+# Stands behind each message, if the template only appends.
+MESSAGE_END = "\ufdd3"
 
 _MAX_OUTPUT_CHARACTERS = 1 << 26
 _MAX_INTEGER_BITS = 4096
@@ -103,14 +106,21 @@ class ChatSandbox:
         with bounded_session():
             tree = environment.parse(source)
             _refuse_other_files(tree)
-            self._template = environment.from_string(source)
+            self.literal_text = "".join(_literals(tree))
+            loop = message_loop(tree)
+            if loop is not None:
+                loop.body.append(_text(MESSAGE_END).set_environment(environment))
+            self._template = environment.from_string(tree)
+        self.marks_messages = loop is not None
         self.has_markers = any(
             data.data == GENERATION_OPEN for data in tree.find_all(nodes.TemplateData)
         )
-        self.literal_text = "".join(_literals(tree))
 
     def render(self, variables: Mapping[str, Any]) -> str:
-        """Raises what the template raises, and TemplateLimitError."""
+        """The text, with the marks of blocks and of messages (if `marks_messages`).
+
+        Raises what the template raises, and TemplateLimitError.
+        """
         text = self._template.render(variables)
         if len(text) > _MAX_OUTPUT_CHARACTERS:
             raise TemplateLimitError(f"it writes {len(text):,} characters")

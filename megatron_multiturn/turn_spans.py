@@ -1,8 +1,9 @@
 """A rendered text and the spans of its turns -> segments; positions are in characters."""
 
+import bisect
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from megatron_multiturn.control_tokens import ControlToken
 from megatron_multiturn.modes import CONTEXT, TARGET_BEGIN, TARGET_CONTINUE
@@ -42,10 +43,11 @@ def subtract(spans: Iterable[Span], gaps: Sequence[Span]) -> list[Span]:
 def is_closed(rendered: RenderedText, spans: list[Span]) -> bool:
     """Whether a turn ends with a control token, white space aside."""
     start, stop = spans[-1]
-    return any(
-        start <= begin and end <= stop and not rendered.text[end:stop].strip()
-        for begin, end, _ in rendered.tokens
-    )
+    last = bisect.bisect_left(rendered.tokens, stop, key=_start) - 1
+    if last < 0:
+        return False
+    begin, end, _ = rendered.tokens[last]
+    return start <= begin and end <= stop and not rendered.text[end:stop].strip()
 
 
 def cut_segments(rendered: RenderedText) -> tuple[Segment, ...]:
@@ -58,16 +60,16 @@ def cut_segments(rendered: RenderedText) -> tuple[Segment, ...]:
     starts = {_snap(start, rendered.tokens) for start in rendered.message_starts}
     edges = {0, len(rendered.text), leading_stop, *starts}
     edges.update(edge for start, stop, _ in owners for edge in (start, stop))
-    cuts = sorted(edge for edge in edges if not any(s < edge < t for s, t, _ in owners))
+    cuts = sorted(edge for edge in edges if not _is_inside(edge, owners))
     atoms = _atoms(rendered.text, rendered.tokens)
     segments: list[Segment] = []
     begun: set[int] = set()
     owner = atom = 0
-    for start, stop in pairwise(cuts):
+    for start, stop in itertools.pairwise(cuts):
         parts: list[Part] = []
         while atom < len(atoms) and atoms[atom][1] <= start:
             atom += 1
-        for begin, end, special in atoms[atom:]:
+        for begin, end, special in itertools.islice(atoms, atom, None):
             if begin >= stop:
                 break
             parts.append(special or rendered.text[max(begin, start) : min(end, stop)])
@@ -118,13 +120,25 @@ def _text_atom(
 def _widen(span: Span, tokens: list[TokenSpan]) -> Span:
     """A token that a turn covers in part is wholly the turn's."""
     start, stop = span
-    for begin, end, _ in tokens:
-        if begin < start < end:
-            start = begin
-        if begin < stop < end:
-            stop = end
-    return start, stop
+    inside = _token_around(stop, tokens)
+    return _snap(start, tokens), stop if inside is None else inside[1]
 
 
 def _snap(edge: int, tokens: list[TokenSpan]) -> int:
-    return next((begin for begin, end, _ in tokens if begin < edge < end), edge)
+    inside = _token_around(edge, tokens)
+    return edge if inside is None else inside[0]
+
+
+def _token_around(edge: int, tokens: list[TokenSpan]) -> TokenSpan | None:
+    """The token that the edge lies within."""
+    before = bisect.bisect_left(tokens, edge, key=_start) - 1
+    return tokens[before] if before >= 0 and edge < tokens[before][1] else None
+
+
+def _start(span: tuple[int, int, object]) -> int:
+    return span[0]
+
+
+def _is_inside(edge: int, owners: list[tuple[int, int, int]]) -> bool:
+    before = bisect.bisect_left(owners, edge, key=_start) - 1
+    return before >= 0 and edge < owners[before][1]

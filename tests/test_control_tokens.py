@@ -245,7 +245,7 @@ def test_a_template_that_acts_on_what_a_message_spells_is_refused() -> None:
 
 
 def test_noncharacters_that_mark_blocks_are_refused() -> None:
-    with pytest.raises(SessionError, match="noncharacters U\\+FDD0 to U\\+FDD2"):
+    with pytest.raises(SessionError, match="noncharacters U\\+FDD0 to U\\+FDD3"):
         encode("marked", "hugging_face", chat(("user", "\ufdd0"), ("assistant", "c")))
 
 

@@ -19,7 +19,7 @@ ORDER = (
     *("messages", "fields", "tool_fields", "entries", "chat_formats", "question_formats"),
     *("sessions", "supervision", "templates", "round_templates"),
     *("template_families", "control_tokens", "turn_spans", "template_input"),
-    *("containment", "sandbox"),
+    *("append_only", "containment", "sandbox", "renderings"),
     *("rendered_session", "jinja_templates", "vocabulary", "run_encoder"),
     *(
         "engines",
@@ -55,7 +55,7 @@ PURE = (
     *("messages", "fields", "tool_fields", "entries", "chat_formats", "question_formats"),
     *("sessions", "supervision", "templates", "round_templates"),
     *("template_families", "control_tokens", "turn_spans", "template_input"),
-    *("containment", "sandbox"),
+    *("append_only", "containment", "sandbox", "renderings"),
     *("rendered_session", "jinja_templates"),
     *("row_pieces", "targets", "cutting", "windows", "packing", "averages", "samples"),
     *("batches", "balance", "blends"),

@@ -11,7 +11,7 @@ from template_jobs import NOW, as_messages, chat, encode_all
 from megatron_multiturn.errors import SessionError
 from megatron_multiturn.messages import Message
 from megatron_multiturn.modes import CONTEXT
-from megatron_multiturn.sandbox import ChatSandbox
+from megatron_multiturn.sandbox import MESSAGE_END, ChatSandbox
 from megatron_multiturn.sessions import Session
 from megatron_multiturn.template_families import TEMPLATES
 from megatron_multiturn.templates import BOS, EOS, Special, rendering_text
@@ -191,7 +191,8 @@ def test_the_text_is_that_of_the_jinja_template(
     for case in cases:
         session = SESSIONS[case]
         variables = {"bos_token": "<s>", "eos_token": "</s>", "messages": as_messages(session)}
-        expected = sandbox.render(variables | {"add_generation_prompt": False})
+        marked = sandbox.render(variables | {"add_generation_prompt": False})
+        expected = marked.replace(MESSAGE_END, "")
         assert rendering_text(TEMPLATES[template].render(session)) == expected, case
 
 
