@@ -435,6 +435,11 @@ def test_a_killed_shard_goes_on(
     wait_until(rejected_one)
     process.kill()
     process.communicate()
+    strict = slow_command(tmp_path, source, "--shard", "1/3", pause=0)
+    done = subprocess.run(strict, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.search(r"error: .*a.jsonl:\d+ \(from byte \d+\): no assistant", done.stderr)
+    assert folder.exists()
     for index in (2, 1, 0):
         command = slow_command(tmp_path, source, *SKIP, "--shard", f"{index}/3", pause=0)
         subprocess.run(command, check=True)
