@@ -20,7 +20,7 @@ from megatron_multiturn._version import __version__
 from megatron_multiturn.batch_checks import session_lengths
 from megatron_multiturn.encoding import SessionEncoder
 from megatron_multiturn.encoding_pool import EncodedBlock, Work, encode_blocks
-from megatron_multiturn.errors import ConfigError
+from megatron_multiturn.errors import ConfigError, SessionError
 from megatron_multiturn.journal import (
     ENCODING,
     PLACING,
@@ -95,6 +95,10 @@ def preprocess_sessions(
     settings = _settings(job, tokenizer, template)
     journal = journal_to_go_on_from(run, settings, overwrite=job.overwrite)
     progress = RunState.from_json(journal["progress"]) if journal else RunState()
+    if not job.skip_bad_sessions:
+        # The run before may have skipped some.
+        for reason, entry in progress.tally.rejected.items():
+            raise SessionError(entry.message, reason=reason)
     if journal and journal["phase"] == PLACING:
         place_files(run.folder, job.prefix)
         summary = _summary_of_journal(job, journal, progress, run)

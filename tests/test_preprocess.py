@@ -21,6 +21,7 @@ from session_fixtures import make_record, tiny_hugging_face, tiny_sentencepiece,
 from megatron_multiturn import records
 from megatron_multiturn.encoding_pool import Work, encode_blocks
 from megatron_multiturn.errors import MultiTurnError
+from megatron_multiturn.merge import merge_shards
 from megatron_multiturn.preprocess import main
 from megatron_multiturn.progress import Progress
 from megatron_multiturn.record_blocks import FilePart
@@ -415,6 +416,36 @@ def test_killed_at_any_point_it_goes_on(
     if process.returncode != 0:
         subprocess.run(command, check=True)
     assert contents(tmp_path, "data") == wanted
+
+
+def test_a_killed_shard_goes_on(
+    tmp_path: Path, unbroken: tuple[Path, str, dict[str, bytes]]
+) -> None:
+    """Its lines are counted as if it had not been killed, so that the merge can number them."""
+    _, source, wanted = unbroken
+    process = start(slow_command(tmp_path, source, *SKIP, "--shard", "1/3", pause=0.1))
+    folder = tmp_path / "out" / "data.shard-00001-of-00003.unfinished"
+
+    def rejected_one() -> bool:
+        path = folder / "journal.json"
+        return path.exists() and bool(
+            json.loads(path.read_bytes())["progress"]["tally"]["rejected"]
+        )
+
+    wait_until(rejected_one)
+    process.kill()
+    process.communicate()
+    strict = slow_command(tmp_path, source, "--shard", "1/3", pause=0)
+    done = subprocess.run(strict, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.search(r"error: .*a.jsonl:\d+ \(from byte \d+\): no assistant", done.stderr)
+    assert folder.exists()
+    for index in (2, 1, 0):
+        command = slow_command(tmp_path, source, *SKIP, "--shard", f"{index}/3", pause=0)
+        subprocess.run(command, check=True)
+    assert not folder.exists()
+    merge_shards(str(tmp_path / "out" / "data"), overwrite=False)
+    assert {suffix: contents(tmp_path, "data")[suffix] for suffix in wanted} == wanted
 
 
 def test_moving_the_files_goes_on_too(
