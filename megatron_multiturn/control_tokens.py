@@ -40,8 +40,13 @@ class ControlLiterals:
         self._ends = tuple(
             {literal[size:] for literal in literals for size in range(1, len(literal))}
         )
+        self._heads = sorted({literal[:2] for literal in literals})
         self._first_characters = frozenset(literal[0] for literal in literals)
         self._last_characters = frozenset(literal[-1] for literal in literals)
+
+    def occur_in(self, text: str) -> bool:
+        """Whether the text holds any; made for long texts that hold none."""
+        return any(head in text for head in self._heads) and bool(self.find(text))
 
     def find(self, text: str) -> list[tuple[int, int, ControlToken]]:
         """(start, stop, token) of each literal, in order."""

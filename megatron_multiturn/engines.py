@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_multiturn.control_tokens import ControlLiterals, ControlToken
 from megatron_multiturn.errors import ConfigError
 from megatron_multiturn.vocabulary import Vocabulary
 
@@ -100,13 +101,19 @@ class GigatokenEngine:
         self._num_texts = 0
         self._backend, literals = _load_backend(vocabulary)
         self._compare(_TRICKY_TEXTS)
-        self._compare([text for one in literals for text in (one, f"a{one}b {one}")])
+        # Texts that hold these are left to the library.
+        self._unlike = ControlLiterals(
+            [ControlToken(literal=one, special=False) for one in self._find_unlike(literals)]
+        )
         two = self._encode(["a", "a"])
         self._joint = self._decode(two)[1:-1].decode()  # what it writes between two texts
 
     def encode(self, texts: Sequence[str]) -> EncodedTexts:
         """Raises ConfigError if a text that is compared has other ids."""
         encoded = self._encode(texts)
+        if self._unlike.occur_in("\n".join(texts)):
+            held = [i for i, text in enumerate(texts) if self._unlike.find(text)]
+            encoded = _replaced(encoded, held, self._vocabulary.encode([texts[i] for i in held]))
         first = -self._num_texts % self._check_interval
         self._num_texts += len(texts)
         checked = range(first, len(texts), self._check_interval)
@@ -115,7 +122,8 @@ class GigatokenEngine:
 
     def check(self, texts: Sequence[str]) -> None:
         """Compare all of these; ConfigError if one has other ids."""
-        self._compare(texts)
+        encoded = self.encode(texts)
+        self._compare_with(texts, [encoded[index].tolist() for index in range(len(texts))])
 
     def find_lossy(self, texts: Sequence[str], encoded: EncodedTexts) -> NDArray[np.bool_]:
         """As the reference would; nearly always all of them come back."""
@@ -131,6 +139,16 @@ class GigatokenEngine:
         offsets = np.asarray(layout.offsets.data, dtype=np.int64)
         ids = np.asarray(layout.content.data)[offsets[0] : offsets[-1]]
         return EncodedTexts(ids=ids.view(np.int32), offsets=offsets - offsets[0])
+
+    def _find_unlike(self, literals: Sequence[str]) -> list[str]:
+        """The tokens that were added to the vocabulary and are read otherwise here."""
+        texts = [text for one in literals for text in (one, f"a{one}b {one}")]
+        encoded = self._encode(texts)
+        return [
+            literals[index // 2]
+            for index, wanted in enumerate(self._vocabulary.encode(texts))
+            if encoded[index].tolist() != wanted
+        ]
 
     def _compare(self, texts: Sequence[str]) -> None:
         encoded = self._encode(texts)
@@ -164,6 +182,17 @@ def choose_engine(name: str, vocabulary: Vocabulary, sample: Sequence[str]) -> t
             raise
         return ReferenceEngine(vocabulary), f"encoding with the slower reference tokenizer: {error}"
     return engine, f"encoding with gigatoken, equal to the tokenizer on {len(sample):,} texts"
+
+
+def _replaced(
+    encoded: EncodedTexts, indices: Sequence[int], ids: Sequence[list[int]]
+) -> EncodedTexts:
+    """The texts with the ids of some of them replaced."""
+    pieces = np.split(encoded.ids, encoded.offsets[1:-1])
+    for index, given in zip(indices, ids, strict=True):
+        pieces[index] = np.array(given, dtype=np.int32)
+    offsets = np.cumsum([0, *map(len, pieces)])
+    return EncodedTexts(ids=np.concatenate(pieces), offsets=offsets)
 
 
 def _find_lossy(
