@@ -15,7 +15,13 @@ from 1 to T:
 lie in unlike batches, so each adds to turn_num the share of the session, or of the turn, that it
 trains: what a batch counts is always the sum of the weights of its targets. Such shares, and the
 square roots, are fractions: turn_num counts them in a fixed unit (see `largest_divisor_unit`).
+
+A turn that the data weigh counts as many times: its loss_token_num is divided by its weight, and
+turn_num counts the weight too.
 """
+
+import math
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,14 +36,21 @@ MAX_DIVISOR_UNIT = 2**16
 _MAX_PREFIX_WEIGHT = 16
 
 
-def largest_divisor_unit(loss_average: str, global_batch_size: int, sequence_length: int) -> int:
+def largest_divisor_unit(
+    loss_average: str,
+    global_batch_size: int,
+    sequence_length: int,
+    turn_weights: Iterable[float] = (),
+) -> int:
     """The largest power of two, at most 2**16, that keeps a global batch's divisor below 2**31.
 
     Megatron sums the divisor in int32; a batch has at most one target token a position, and no
-    average but `prefix` gives a token a weight above 1. `turn` and `token` count whole things
-    alone, of cut sessions too: their unit is 1.
+    average but `prefix` gives a token a weight above 1, turn_weights (all that the data have)
+    aside. `turn` and `token` count whole things alone, of cut sessions too: their unit is 1 where
+    the weights are whole numbers.
     """
-    largest_sum = global_batch_size * sequence_length
+    weights = (1.0, *turn_weights)
+    largest_sum = math.ceil(global_batch_size * sequence_length * max(weights))
     if loss_average == "prefix":
         largest_sum *= _MAX_PREFIX_WEIGHT
     if largest_sum >= 2**31:
@@ -45,7 +58,7 @@ def largest_divisor_unit(loss_average: str, global_batch_size: int, sequence_len
             f"a global batch of {global_batch_size} rows of {sequence_length} tokens is more than "
             f"Megatron's divisor can count under --loss-average {loss_average}; make it smaller"
         )
-    if loss_average in ("turn", "token"):
+    if loss_average in ("turn", "token") and all(weight.is_integer() for weight in weights):
         return 1
     unit = MAX_DIVISOR_UNIT
     while unit * largest_sum >= 2**31:
@@ -74,6 +87,7 @@ def weigh_turns(
     session_targets: NDArray[np.int64],  # (num_turns,): in the whole session
     turn_in_session: NDArray[np.int64],  # (num_turns,): from 0
     turns_per_piece: NDArray[np.int64],  # (num_pieces,): turns of the piece's whole session
+    turn_weights: NDArray[np.float64] | None = None,  # (num_turns,): None for 1 each
 ) -> tuple[NDArray[np.float64], float]:
     """loss_token_num of each turn (num_turns,), and the sum that turn_num counts.
 
@@ -82,6 +96,8 @@ def weigh_turns(
     loss_token_num = _loss_token_num(
         loss_average, num_targets, session_targets, turn_in_session, turns_per_piece
     )
+    if turn_weights is not None:
+        loss_token_num = loss_token_num / turn_weights
     here = num_targets > 0
     return loss_token_num, float((num_targets[here] / loss_token_num[here]).sum())
 

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_multiturn import modes as mode_bits
-from megatron_multiturn.encoding import EncodedBatch
+from megatron_multiturn.encoded_sessions import EncodedBatch
 from megatron_multiturn.errors import DatasetError
 
 

@@ -10,6 +10,7 @@ from megatron_multiturn.engines import Engine
 from megatron_multiturn.layouts import Layout, edges_to_left, fill_text, make_fill
 from megatron_multiturn.modes import CONTEXT, KIND_MASK, TARGET_BEGIN, TARGET_CONTINUE, is_target
 from megatron_multiturn.run_encoder import RunEncoder
+from megatron_multiturn.turn_weights import TurnWeights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +30,7 @@ class DocumentBatch:
     """Documents by their layouts, to be encoded together."""
 
     def __init__(self) -> None:
+        self.weights = TurnWeights()  # of the turns of all documents
         self._layouts: list[Layout] = []
         self._contents: list[Sequence[str]] = []
         self._texts: list[str] = []

@@ -93,6 +93,7 @@ class MultiTurnDataset(MegatronDataset):
             loss_average=config.loss_average,
             divisor_unit=config.divisor_unit,
             sessions_end_with_piece=config.long_session == "truncate",
+            turn_weights=dataset.manifest.turn_weights,
         )
 
     @staticmethod
@@ -108,11 +109,6 @@ class MultiTurnDataset(MegatronDataset):
             mmap=config.mmap_bin_files,
             index_cache=config.object_storage_cache_path,
         )
-        if any(weight != 1 for weight in store.manifest.turn_weights):
-            raise DatasetError(
-                f"{dataset_path} weighs turns by {store.manifest.turn_weights}, which this version "
-                "cannot train; preprocess the sessions without weights"
-            )
         if config.tokenizer_identity is not None:
             _check_tokenizer(store, config.tokenizer_identity)
         return store

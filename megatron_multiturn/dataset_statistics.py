@@ -24,6 +24,7 @@ class DatasetTurns:
     tokens_per_session: NDArray[np.int64]  # (num_sessions,)
     turns_per_session: NDArray[np.int64]  # (num_sessions,)
     targets_per_turn: NDArray[np.int64]  # (num_turns,)
+    turn_weights: NDArray[np.float64] | None  # (num_turns,): None for 1 each
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +44,7 @@ def dataset_turns(store: SessionStore) -> DatasetTurns:
         tokens_per_session=store.session_lengths(),
         turns_per_session=np.bincount(runs.session[runs.first_run], minlength=store.num_sessions),
         targets_per_turn=runs.sum_by_turn(runs.end - runs.begin),
+        turn_weights=runs.weights(modes, store.manifest.turn_weights),
     )
 
 
@@ -61,6 +63,7 @@ def loss_shares(turns: DatasetTurns) -> LossShares:
             session_targets=num_targets,
             turn_in_session=turn_in_session,
             turns_per_piece=turns.turns_per_session,
+            turn_weights=turns.turn_weights,
         )
         weight = np.bincount(bucket, num_targets / loss_token_num, minlength=num_buckets)
         shares[average] = weight / max(1.0, weight.sum())

@@ -38,12 +38,14 @@ def show_sessions(
         tally.add_rejected(result.rejected)
         wanted = min(num_sessions - len(shown), result.batch.num_sessions)
         kept = [result.batch.session(index) for index in range(wanted)]
-        batch = join_encoded(kept, totals=result.batch.totals)
+        weights = result.batch.turn_weights
+        batch = join_encoded(kept, totals=result.batch.totals, turn_weights=weights)
         locations = result.locations[:wanted]
         tally.add_batch(batch, session_lengths(batch), locations)
         for session, location in zip(kept, locations, strict=True):
             shown.append(session)
-            yield _show(session, f"session {len(shown)}: {location}", decoder, style)
+            title = f"session {len(shown)}: {location}"
+            yield _show(session, title, weights, decoder, style)
         if len(shown) >= num_sessions:
             break
     batch = join_encoded(shown)
@@ -77,7 +79,13 @@ def _block_of(path: str, records: tuple[RawRecord, ...]) -> RecordBlock:
     )
 
 
-def _show(session: EncodedSession, heading: str, decoder: RunDecoder, style: Style) -> str:
+def _show(
+    session: EncodedSession,
+    heading: str,
+    turn_weights: tuple[float, ...],
+    decoder: RunDecoder,
+    style: Style,
+) -> str:
     length = len(session.tokens)
     piece = ShownPiece(session_index=0, session=session, span=(0, 0, 0, length))
     row_format = RowFormat(
@@ -86,5 +94,6 @@ def _show(session: EncodedSession, heading: str, decoder: RunDecoder, style: Sty
         pad_token=0,
         loss_average="turn",
         sessions_end_with_piece=False,
+        turn_weights=turn_weights,
     )
     return style.heading(heading) + "\n" + format_pieces([piece], row_format, decoder, style)

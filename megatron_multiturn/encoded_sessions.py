@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from megatron_multiturn.errors import SessionError
+from megatron_multiturn.turn_weights import UNWEIGHTED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +40,7 @@ class EncodedBatch:
     # num_open_turns: whose end is text, so that nothing says that the answer is over
     # num_rewritten_sessions: their template rewrites history
     totals: Counter[str]
+    turn_weights: tuple[float, ...] = UNWEIGHTED  # what the modes of targets number
 
     @property
     def num_sessions(self) -> int:
@@ -62,6 +64,7 @@ def join_encoded(
     sources: Sequence[int] | None = None,
     errors: Sequence[tuple[int, SessionError]] = (),
     totals: Mapping[str, int] | None = None,
+    turn_weights: Sequence[float] = UNWEIGHTED,
 ) -> EncodedBatch:
     """A batch of sessions that are encoded already; without `sources`, each is a source."""
     ends = np.cumsum([len(session.modes) for session in sessions], dtype=np.int64)
@@ -73,6 +76,7 @@ def join_encoded(
         sources=np.array(range(len(sessions)) if sources is None else sources, dtype=np.int32),
         errors=list(errors),
         totals=Counter(totals),
+        turn_weights=tuple(turn_weights),
     )
 
 

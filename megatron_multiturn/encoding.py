@@ -27,9 +27,10 @@ from megatron_multiturn.plain_chats import PlainChat
 from megatron_multiturn.prompt_variants import PromptVariants
 from megatron_multiturn.run_encoder import RunEncoder
 from megatron_multiturn.sessions import Session
-from megatron_multiturn.supervision import select_answers
+from megatron_multiturn.supervision import DEFAULT_ROLES, select_answers
 from megatron_multiturn.template_input import keys_in, message_variables, texts_in
 from megatron_multiturn.templates import BOS, EOS, ChatTemplate, Document, Special
+from megatron_multiturn.turn_weights import TurnWeights
 from megatron_multiturn.vocabulary import Vocabulary
 
 __all__ = [
@@ -56,19 +57,27 @@ class SessionEncoder:
         *,
         engine: Engine | None = None,
         train_on: str = "all",
+        train_roles: Sequence[str] = DEFAULT_ROLES,
         prompt_variants: PromptVariants | None = None,
         literal_control_tokens: Literal["escape", "error"] = "escape",
     ) -> None:
         """Raises ConfigError if a special token of the template is not one token.
 
-        engine: encodes texts, as the vocabulary itself does by default; train_on: a key of
-        supervision.TRAIN_ON; literal_control_tokens: whether text may spell one; it is never
-        made one.
+        engine: encodes texts, as the vocabulary itself does by default; train_on and
+        train_roles: see `supervision`; literal_control_tokens: whether text may spell one; it is
+        never made one.
         """
         self._template = template
         self._vocabulary = vocabulary
         self._engine = engine or ReferenceEngine(vocabulary)
+        if set(train_roles) != set(DEFAULT_ROLES) and not template.trains_any_role:
+            raise ConfigError(
+                f"--train-roles {' '.join(train_roles)}: template {template.name!r} marks only the "
+                "assistant's messages as answers; pass --template chatml or llama3, or leave out "
+                "--train-roles"
+            )
         self._train_on = train_on
+        self._train_roles = tuple(train_roles)
         self._prompt_variants = prompt_variants
         self._run_encoder = RunEncoder(vocabulary)
         self._ids: dict[Special, int | None] = {BOS: vocabulary.bos_id, EOS: vocabulary.eos_id}
@@ -120,7 +129,7 @@ class SessionEncoder:
             if self._fill_layout(batch, session):
                 return _ONE_DOCUMENT
             session = session.session()
-        session = select_answers(session, self._train_on)
+        session = select_answers(session, self._train_on, self._train_roles)
         if self._refuses_literals:
             self._check_texts(session)
         if session.plain and self._ids[EOS] is None:
@@ -129,7 +138,10 @@ class SessionEncoder:
                 "tokenizer does not have; use another tokenizer, or leave plain text out"
             )
         documents = self._template.documents(session)
-        layouts = [self._layout_maker.make(one.segments, has_slots=False) for one in documents]
+        layouts = [
+            self._layout_maker.make(one.segments, batch.weights, has_slots=False)
+            for one in documents
+        ]
         for layout in layouts:
             batch.add(layout)
         return documents
@@ -187,12 +199,14 @@ class SessionEncoder:
         )
         layout = None
         try:
-            session = select_answers(Session(messages=messages, location="slots"), self._train_on)
+            session = select_answers(
+                Session(messages=messages, location="slots"), self._train_on, self._train_roles
+            )
             (document,) = self._template.documents(session)
         except SessionError:
             pass  # said again of each such session, with its place
         else:
-            layout = self._layout_maker.make(document.segments, has_slots=True)
+            layout = self._layout_maker.make(document.segments, TurnWeights(), has_slots=True)
         self._layouts[roles] = layout
         return layout
 
@@ -225,6 +239,7 @@ class SessionEncoder:
             sources=all_sources[~encoded.failed],
             errors=sorted(errors, key=lambda entry: entry[0]),
             totals=totals,
+            turn_weights=batch.weights.values,
         )
 
     def _require(self, special: Special) -> int | None:

@@ -15,7 +15,6 @@ What may stand on it besides:
 What would change the meaning and has no place in a Message (images, ...) is refused, not left out.
 """
 
-import sys
 from typing import Any
 
 from megatron_multiturn.errors import SessionError
@@ -44,6 +43,7 @@ ROLES = {
     "tool_response": "tool",
     "function_response": "tool",
 }
+MIN_WEIGHT, MAX_WEIGHT = 1e-3, 1e3  # a divisor counts what is far smaller as nothing
 CALL_ROLES = ("function_call", "tool_call")  # their content is the call
 _ROLE_KEYS = ("role", "from", "speaker")
 _CONTENT_KEYS = ("content", "value", "text")
@@ -155,10 +155,10 @@ def train_and_weight(entry: dict[str, Any], where: str, role: str) -> tuple[bool
 
 def _weight(value: Any, where: str) -> float:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 <= value <= sys.float_info.max:
+    if not number or not (value == 0 or MIN_WEIGHT <= value <= MAX_WEIGHT):
         raise SessionError(
-            f"{where}: 'weight' is {show(value)}; it must be a number: 0 (not trained on) or "
-            "above, 1 for what all others weigh",
+            f"{where}: 'weight' is {show(value)}; it must be 0 (not trained on) or a number from "
+            f"{MIN_WEIGHT:g} to {MAX_WEIGHT:g}, 1 for what all others weigh",
             reason="wrong-weight",
         )
     return float(value)

@@ -134,6 +134,7 @@ def _show(
     pieces: list[ShownPiece],
 ) -> str:
     row_format = RowFormat(
+        turn_weights=store.manifest.turn_weights,
         sequence_length=max(1, sum(piece.num_positions for piece in pieces)),
         max_pieces_per_row=len(pieces),
         pad_token=0,

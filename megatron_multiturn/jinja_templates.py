@@ -54,6 +54,7 @@ class JinjaTemplate:
     opens_with_bos = False  # it writes a BOS itself
     depends_on_roles_alone = False
     strips = False
+    trains_any_role = False
 
     def __init__(
         self,
@@ -224,6 +225,11 @@ class JinjaTemplate:
             text=text,
             tokens=tokens,
             turns=[turn for turn in turns if turn],
+            turn_weights=[
+                rendered.weight_of(answer)
+                for answer, turn in zip(spans, turns, strict=True)
+                if turn
+            ],
             message_starts=starts,
             leading_stop=leading_stop,
         )

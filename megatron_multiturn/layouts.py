@@ -26,9 +26,11 @@ from megatron_multiturn.modes import (
     LEADING_SYSTEM,
     MESSAGE_START,
     TARGET_CONTINUE,
+    WEIGHT_SHIFT,
 )
 from megatron_multiturn.run_encoder import RunEncoder
 from megatron_multiturn.templates import Segment, Special
+from megatron_multiturn.turn_weights import TurnWeights
 
 Text = tuple[str | int, ...]  # literals, and numbers of slots
 _SLOT = re.compile("\ue000([0-9]+)\ue001")
@@ -233,13 +235,17 @@ class LayoutMaker:
             and self._unsafe.search(text) is not None
         )
 
-    def make(self, segments: Sequence[Segment], *, has_slots: bool) -> Layout:
-        """has_slots: whether it will be used again, so that what is constant is encoded here."""
+    def make(self, segments: Sequence[Segment], weights: TurnWeights, *, has_slots: bool) -> Layout:
+        """The layout of a document.
+
+        weights: numbers those of the turns; has_slots: whether the layout will be used again, so
+        that what is constant is encoded here.
+        """
         cutter = _Cutter(id_of=self._id_of, unsafe=self._unsafe, has_slots=has_slots)
         for number, written in enumerate(segments):
             for part in written.parts:
                 cutter.add(number, part)
-        arrays = _Arrays(np.array([_mode(written) for written in segments], dtype=np.int8))
+        arrays = _Arrays(np.array([_mode(written, weights) for written in segments], dtype=np.int8))
         for segment, atom in cutter.finish():
             if isinstance(atom, int):
                 arrays.add_constant(segment, self._pool.span([atom]))
@@ -366,9 +372,9 @@ def _join(pieces: Sequence[Text]) -> Text:
     return tuple(item for piece in pieces for item in piece)
 
 
-def _mode(segment: Segment) -> int:
+def _mode(segment: Segment, weights: TurnWeights) -> int:
     if segment.kind != CONTEXT:
-        return segment.kind
+        return segment.kind | weights.number_of(segment.weight) << WEIGHT_SHIFT
     return (
         CONTEXT
         | (MESSAGE_START if segment.starts_message else 0)

@@ -28,6 +28,7 @@ from megatron_multiturn.shard_files import ShardFile, read_shard
 from megatron_multiturn.shards import Shard
 from megatron_multiturn.spooled_columns import SpooledColumns
 from megatron_multiturn.tally import LengthHistogram, Rejection, Tally, format_table
+from megatron_multiturn.turn_weights import TurnWeights
 from megatron_multiturn.unfinished import UnfinishedRun, changed_settings
 
 _COPY_BYTES = 1 << 24
@@ -91,10 +92,11 @@ def merge_shards(prefix: str, *, overwrite: bool) -> str:
         columns = SpooledColumns(run.folder)
         tally = Tally()
         histogram = LengthHistogram()
+        weights = TurnWeights()
         lines: dict[str, int] = {}  # of the files that are cut, in the shards before
         for shard in shards:
             relocate = _relocation(lines)
-            _append(columns, _prefix_of(prefix, shard), shard, relocate)
+            _append(columns, _prefix_of(prefix, shard), shard, weights, relocate)
             tally.add(_relocated(shard.tally, relocate))
             histogram.add_pairs(shard.lengths)
             for path, num_lines in shard.part_lines.items():
@@ -103,6 +105,7 @@ def merge_shards(prefix: str, *, overwrite: bool) -> str:
             column_bytes=columns.sizes(),
             turns=sum(shard.counts.turns for shard in shards),
             target_tokens=sum(shard.counts.target_tokens for shard in shards),
+            turn_weights=weights.values,
         )
         columns.close()
         if not state.column_bytes["session_ends"]:
@@ -165,7 +168,13 @@ def _prefix_of(prefix: str, shard: ShardFile) -> str:
     return Shard(index=shard.index, count=shard.count).prefix_of(prefix)
 
 
-def _append(columns: SpooledColumns, prefix: str, shard: ShardFile, relocate: Relocate) -> None:
+def _append(
+    columns: SpooledColumns,
+    prefix: str,
+    shard: ShardFile,
+    weights: TurnWeights,
+    relocate: Relocate,
+) -> None:
     """Put a shard behind those before it."""
     num_segments = columns.sizes()["modes"]
     with Path(prefix + ".bin").open("rb") as stream:
@@ -175,7 +184,7 @@ def _append(columns: SpooledColumns, prefix: str, shard: ShardFile, relocate: Re
     for lengths in index_blocks(path, "segment_lengths"):
         columns.append("segment_lengths", lengths)
     for modes in index_blocks(path, "modes"):
-        columns.append("modes", modes)
+        columns.append("modes", weights.renumber(modes, shard.turn_weights))
     begun = False
     for firsts in index_blocks(path, "first_segments"):
         ends = firsts if begun else firsts[1:]

@@ -20,7 +20,7 @@ class Message:
     content: str  # may be empty in an answer that calls tools, and in what a tool says
     train: bool | None = None  # None: an assistant's message is trained on, no other is
     masked: tuple[tuple[int, int], ...] = ()  # (start, stop) in content, ordered: not trained on
-    weight: float = 1.0  # of the turn, positive; of an assistant's message only
+    weight: float = 1.0  # of the turn, positive; read of an assistant's message only
     reasoning: str = ""  # what the assistant thinks before it answers
     tool_calls: tuple[ToolCall, ...] = ()
     name: str | None = None  # of the speaker, or of the tool that answers
@@ -29,7 +29,7 @@ class Message:
     @property
     def is_answer(self) -> bool:
         """Whether something of this message is to be learnt."""
-        return self.role == "assistant" and self.train is not False
+        return self.train is not False and (self.role == "assistant" or self.train is True)
 
     def runs(self) -> list[tuple[str, bool]]:
         """The content cut where training starts or stops: [(text, trained), ...], none empty."""

@@ -26,7 +26,7 @@ from megatron_multiturn.records import check_input_files
 from megatron_multiturn.row_view import terminal_style, use_color
 from megatron_multiturn.sessions import FORMATS
 from megatron_multiturn.shards import Shard, cut_shard, parse_shard
-from megatron_multiturn.supervision import TRAIN_ON
+from megatron_multiturn.supervision import DEFAULT_ROLES, TRAIN_ON, TRAIN_ROLES
 from megatron_multiturn.tally import format_table
 from megatron_multiturn.template_flags import add_template_flags, build_template
 from megatron_multiturn.tokenizer_flags import add_tokenizer_flags, build_tokenizer
@@ -72,6 +72,15 @@ def build_parser() -> argparse.ArgumentParser:
         help="all answers (default), the last one, those of the last exchange (behind the user's "
         "last message), or the assistant's words alone, without calls of tools; an answer that "
         "its record leaves out stays out",
+    )
+    parser.add_argument(
+        "--train-roles",
+        nargs="+",
+        default=list(DEFAULT_ROLES),
+        choices=TRAIN_ROLES,
+        metavar="ROLE",
+        help="the roles whose messages are answers (default: assistant); others than the "
+        "assistant with --template chatml and llama3",
     )
     parser.add_argument(
         "--on-bad-session",
@@ -279,6 +288,7 @@ def _build_encoder(args: argparse.Namespace, job: Job) -> tuple[SessionEncoder, 
         vocabulary,
         engine=engine,
         train_on=args.train_on,
+        train_roles=args.train_roles,
         prompt_variants=args.prompt_variants and PromptVariants(args.prompt_variants, args.seed),
         literal_control_tokens=args.literal_control_tokens,
     )

@@ -22,6 +22,7 @@ from megatron_multiturn.errors import ConfigError, DatasetError
 from megatron_multiturn.resume import PLAN_ARGUMENT, agree_on_plan, check_goes_on, describe_plan
 from megatron_multiturn.row_order import BalancedRows, balance_rows, end_of_window
 from megatron_multiturn.samples import largest_divisor_unit
+from megatron_multiturn.store import manifest_of
 from megatron_multiturn.vocabulary import tokenizer_fingerprint
 
 DatasetsProvider = Callable[..., tuple[Any, Any, Any]]
@@ -152,9 +153,24 @@ def dataset_config(args: argparse.Namespace) -> MultiTurnDatasetConfig:
     config = planning_config(args)
     batch_sizes = [args.global_batch_size, args.eval_global_batch_size]
     batch_sizes += megatron.scheduled_batch_sizes(args)
-    config.divisor_unit = largest_divisor_unit(args.loss_average, max(batch_sizes), args.seq_length)
+    config.divisor_unit = largest_divisor_unit(
+        args.loss_average, max(batch_sizes), args.seq_length, _turn_weights(config)
+    )
     config.tokenizer_identity = tokenizer_fingerprint(megatron.get_tokenizer(), args.tokenizer_type)
     return config
+
+
+def _turn_weights(config: MultiTurnDatasetConfig) -> set[float]:
+    """All weights that turns of the run's datasets have; on ranks that read none of them, none."""
+    if megatron.tensor_parallel_group().rank() != 0:
+        return set()
+    blends = [config.blend, *(config.blend_per_split or ())]
+    prefixes = {prefix for blend in blends if blend is not None for prefix in blend[0]}
+    return {
+        weight
+        for prefix in sorted(prefixes)
+        for weight in manifest_of(prefix, config.object_storage_cache_path).turn_weights
+    }
 
 
 def planning_config(args: argparse.Namespace) -> MultiTurnDatasetConfig:

@@ -94,6 +94,10 @@ class RenderedSession:
         """The session's own variables."""
         return dict(self._session.template_variables)
 
+    def weight_of(self, answer: int) -> float:
+        """What the turn of an answer weighs."""
+        return self._session.messages[answer].weight
+
     def upto(self, count: int) -> Rendering:
         """The rendering of the first `count` messages."""
         return self._rendering(count, prompt=False)

@@ -37,10 +37,11 @@ class RunEncoder:
 
         A token that lies across the edge is among them if `is_left`.
         """
-        ends = self._ends(before + after, self.encode_constant(before + after)) if after else None
-        if ends is None:
-            return self.encode_constant(before)
-        return self.encode_constant(before + after)[: _cut_at(ends, len(before), is_left)]
+        head, whole = self.encode_constant(before), self.encode_constant(before + after)
+        if whole[: len(head)] == head:
+            return head
+        ends = self._ends(before + after, whole)
+        return head if ends is None else whole[: _cut_at(ends, len(before), is_left)]
 
     def encode_pieces(self, pieces: Sequence[str], *, goes_on: bool) -> list[list[int]] | None:
         """The ids of a text, cut where its pieces end; None if a token lies across an edge."""

@@ -28,6 +28,7 @@ from megatron_multiturn.averages import (
 from megatron_multiturn.errors import ConfigError
 from megatron_multiturn.row_pieces import RowPieces
 from megatron_multiturn.targets import target_runs
+from megatron_multiturn.turn_weights import UNWEIGHTED
 
 __all__ = [
     "LOSS_AVERAGES",
@@ -58,6 +59,7 @@ class RowFormat:
     loss_average: str = "turn"
     divisor_unit: int = 1
     sessions_end_with_piece: bool = False
+    turn_weights: tuple[float, ...] = UNWEIGHTED  # what the modes of targets number
 
     def __post_init__(self) -> None:
         if self.loss_average not in LOSS_AVERAGES:
@@ -197,6 +199,7 @@ def _row_turns(
         session_targets=runs.sum_by_turn(runs.end - runs.begin),
         turn_in_session=turn_in_session,
         turns_per_piece=turns_per_piece,
+        turn_weights=runs.weights(pieces.modes, row_format.turn_weights),
     )
     return RowTurns(
         piece=piece_of_turn,

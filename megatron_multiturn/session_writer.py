@@ -16,11 +16,10 @@ from typing import BinaryIO, Self
 
 import numpy as np
 
-from megatron_multiturn import modes as mode_bits
 from megatron_multiturn._version import __version__
 from megatron_multiturn.batch_checks import check_batch, count_targets, session_lengths
-from megatron_multiturn.encoding import EncodedBatch
-from megatron_multiturn.errors import ConfigError, DatasetError
+from megatron_multiturn.encoded_sessions import EncodedBatch
+from megatron_multiturn.errors import DatasetError
 from megatron_multiturn.index_file import smallest_token_dtype, write_index_blocks
 from megatron_multiturn.manifest import (
     FORMAT_VERSION,
@@ -32,6 +31,7 @@ from megatron_multiturn.manifest import (
     manifest_path,
 )
 from megatron_multiturn.spooled_columns import SpooledColumns
+from megatron_multiturn.turn_weights import UNWEIGHTED, TurnWeights
 from megatron_multiturn.vocabulary import TokenizerIdentity
 
 # What lies in the folder -> what it is called at last, in the order in which they appear.
@@ -74,6 +74,7 @@ class WriterState:
     column_bytes: dict[str, int]
     turns: int
     target_tokens: int
+    turn_weights: Sequence[float]
 
 
 class SessionWriter:
@@ -91,19 +92,14 @@ class SessionWriter:
         *,
         tokenizer: TokenizerIdentity,
         template: TemplateIdentity,
-        turn_weights: Sequence[float] = (1.0,),
         folder: str | None = None,
         state: WriterState | None = None,
     ) -> None:
         """state: of a writer before, whose columns lie in the folder."""
-        if not 1 <= len(turn_weights) <= mode_bits.MAX_TURN_WEIGHTS:
-            raise ConfigError(
-                f"{len(turn_weights)} turn weights; a dataset has 1 to {mode_bits.MAX_TURN_WEIGHTS}"
-            )
         self._prefix = prefix
         self._tokenizer = tokenizer
         self._template = template
-        self._turn_weights = tuple(float(weight) for weight in turn_weights)
+        self._turn_weights = TurnWeights(state.turn_weights if state else UNWEIGHTED)
         self._dtype = smallest_token_dtype(tokenizer.vocab_size)
         self._owns_folder = folder is None
         self._folder = folder or f"{prefix}.{os.getpid()}.tmp"
@@ -155,13 +151,14 @@ class SessionWriter:
             locations,
             first_session=self._num_sessions,
             vocab_size=self._tokenizer.vocab_size,
-            num_turn_weights=len(self._turn_weights),
+            num_turn_weights=len(batch.turn_weights),
         )
         if not batch.num_sessions:
             return
         self._columns.append("tokens", batch.tokens.astype(self._dtype))
         self._columns.append("segment_lengths", batch.segment_lengths.astype(np.int32))
-        self._columns.append("modes", batch.modes.astype(np.int8))
+        modes = self._turn_weights.renumber(batch.modes, batch.turn_weights)
+        self._columns.append("modes", modes)
         self._columns.append("session_ends", batch.first_segments[1:] + self._num_segments)
         self._columns.append("session_lengths", session_lengths(batch).astype(np.int32))
         num_turns, num_target_tokens = count_targets(batch)
@@ -201,6 +198,7 @@ class SessionWriter:
             column_bytes=self._columns.sizes(),
             turns=self._num_turns,
             target_tokens=self._num_target_tokens,
+            turn_weights=self._turn_weights.values,
         )
 
     def finish_index(self) -> tuple[int, str]:
@@ -235,7 +233,7 @@ class SessionWriter:
             tool_version=__version__,
             tokenizer=self._tokenizer,
             template=self._template,
-            turn_weights=self._turn_weights,
+            turn_weights=self._turn_weights.values,
             counts=self.counts,
             inputs=self._inputs,
             bin_bytes=os.path.getsize(self._columns.path("tokens")),

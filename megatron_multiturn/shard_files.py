@@ -34,6 +34,7 @@ class ShardFile:
     counts: Counts
     tally: Tally
     lengths: list[list[int]]  # (tokens, sessions) pairs
+    turn_weights: list[float]
     part_lines: dict[str, int]  # of files that are cut: the lines that this shard has
     bin_bytes: int
     idx_bytes: int
@@ -68,6 +69,7 @@ class ShardFile:
             counts=writer.counts,
             tally=tally,
             lengths=histogram.pairs(),
+            turn_weights=list(writer.state().turn_weights),
             part_lines=dict(part_lines),
             bin_bytes=os.path.getsize(columns.path("tokens")),
             idx_bytes=idx_bytes,

@@ -15,7 +15,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_multiturn.encoding import EncodedSession
+from megatron_multiturn.encoded_sessions import EncodedSession
 from megatron_multiturn.errors import DatasetError
 from megatron_multiturn.index_file import read_index
 from megatron_multiturn.manifest import Manifest, read_manifest
@@ -161,3 +161,10 @@ class SessionStore:
             self._tokens = MappedTokens(path, index.token_dtype)
         else:
             self._tokens = FileTokens(path, index.token_dtype)
+
+
+def manifest_of(prefix: str, index_cache: str | None) -> Manifest:
+    """The manifest of a dataset, wherever it lies; see `SessionStore.open`."""
+    if is_in_object_storage(prefix):
+        return read_manifest(fetch_index(prefix, index_cache))
+    return read_manifest(prefix)

@@ -1,4 +1,7 @@
-"""Which answers of a session are trained on: --train-on, over what the records say.
+"""Which messages of a session are trained on: --train-roles and --train-on, over the records.
+
+--train-roles names the roles whose messages are answers, the assistant's by default. Of these
+--train-on takes
 
     all             every answer
     last            the last answer of the session
@@ -10,67 +13,65 @@ A record can only leave out of these (`"train": false`); `"train": true` adds no
 written into `train` of the messages, which the templates go by. Plain text is always trained on.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 from megatron_multiturn.errors import SessionError
 from megatron_multiturn.messages import Message
 from megatron_multiturn.sessions import Session, learns_something
 
+TRAIN_ROLES = ("assistant", "user", "tool", "system")
+DEFAULT_ROLES = ("assistant",)
 
-def select_answers(session: Session, train_on: str) -> Session:
+
+def select_answers(
+    session: Session, train_on: str, train_roles: Collection[str] = DEFAULT_ROLES
+) -> Session:
     """The session with `train` false on the answers that are left out.
 
-    train_on: a key of TRAIN_ON. Raises SessionError if no answer is left, or if one that is left
-    has a weight, for which a dataset has no place yet.
+    train_on: a key of TRAIN_ON; train_roles: some of TRAIN_ROLES. Raises SessionError if no answer
+    is left.
     """
-    messages = session.messages
-    if train_on != "all" and not session.plain:
-        chosen = TRAIN_ON[train_on](messages)
-        messages = tuple(
-            message if number in chosen or not message.is_answer else replace(message, train=False)
-            for number, message in enumerate(messages)
+    takes_all = train_on == "all" and set(train_roles) == set(DEFAULT_ROLES)
+    if takes_all or session.plain:
+        return session
+    answers = [
+        number for number, message in enumerate(session.messages) if message.role in train_roles
+    ]
+    chosen = TRAIN_ON[train_on](session.messages, answers) if answers else set()
+    messages = tuple(
+        replace(message, train=number in chosen and message.train is not False)
+        for number, message in enumerate(session.messages)
+    )
+    if not any(map(learns_something, messages)):
+        raise SessionError(
+            f"{session.location}: --train-on {train_on} leaves no answer of the roles "
+            f"{', '.join(sorted(train_roles))}: those it takes are missing, or have train false; "
+            "remove the session, or pass --train-on all",
+            reason="nothing-to-train",
         )
-        if not any(map(learns_something, messages)):
-            raise SessionError(
-                f"{session.location}: --train-on {train_on} leaves no answer: those it takes are "
-                "missing, or have train false; remove the session, or pass --train-on all",
-                reason="nothing-to-train",
-            )
-    for number, message in enumerate(messages, start=1):
-        if message.is_answer and message.weight != 1.0:
-            raise SessionError(
-                f"{session.location}: message {number} has the weight {message.weight:g}, but "
-                "turns of this version's datasets weigh alike; remove 'weight', or write 0 to "
-                "leave the answer out",
-                reason="weight",
-            )
-    return session if messages is session.messages else replace(session, messages=messages)
+    return replace(session, messages=messages)
 
 
-def _all(messages: tuple[Message, ...]) -> set[int]:
-    return set(range(len(messages)))
+def _all(_messages: Sequence[Message], answers: list[int]) -> set[int]:
+    return set(answers)
 
 
-def _last(messages: tuple[Message, ...]) -> set[int]:
-    return {max(_of_role(messages, "assistant"))}
+def _last(_messages: Sequence[Message], answers: list[int]) -> set[int]:
+    return {answers[-1]}
 
 
-def _last_exchange(messages: tuple[Message, ...]) -> set[int]:
-    asked = max(_of_role(messages, "user"), default=-1)
-    return {number for number in _of_role(messages, "assistant") if number > asked}
+def _last_exchange(messages: Sequence[Message], answers: list[int]) -> set[int]:
+    asked = max((n for n, message in enumerate(messages) if message.role == "user"), default=-1)
+    return {number for number in answers if number > asked}
 
 
-def _in_words(messages: tuple[Message, ...]) -> set[int]:
-    return {number for number in _of_role(messages, "assistant") if not messages[number].tool_calls}
+def _in_words(messages: Sequence[Message], answers: list[int]) -> set[int]:
+    return {number for number in answers if not messages[number].tool_calls}
 
 
-def _of_role(messages: tuple[Message, ...], role: str) -> list[int]:
-    return [number for number, message in enumerate(messages) if message.role == role]
-
-
-# The numbers of the messages that may be trained on.
-TRAIN_ON: dict[str, Callable[[tuple[Message, ...]], set[int]]] = {
+# The numbers of the messages that may be trained on, of those that are answers by their role.
+TRAIN_ON: dict[str, Callable[[Sequence[Message], list[int]], set[int]]] = {
     "all": _all,
     "last": _last,
     "last-exchange": _last_exchange,

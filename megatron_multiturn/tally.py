@@ -7,7 +7,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_multiturn.encoding import EncodedBatch
+from megatron_multiturn.encoded_sessions import EncodedBatch
 from megatron_multiturn.errors import SessionError
 from megatron_multiturn.manifest import Counts
 

@@ -1,11 +1,12 @@
 """Where the targets of sessions are, from the index alone."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_multiturn.modes import CONTEXT, KIND_MASK, TARGET_BEGIN
+from megatron_multiturn.modes import CONTEXT, KIND_MASK, TARGET_BEGIN, WEIGHT_SHIFT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +21,19 @@ class TargetRuns:
     end: NDArray[np.int64]  # (num_runs,)
     turn: NDArray[np.int64]  # (num_runs,): from 0, over all sessions
     first_run: NDArray[np.int64]  # (num_turns,)
+    segment: NDArray[np.int64]  # (num_runs,): over all sessions
+
+    def weights(
+        self, modes: NDArray[np.int8], turn_weights: Sequence[float]
+    ) -> NDArray[np.float64] | None:
+        """Of each turn, (num_turns,); None if all turns weigh 1.
+
+        modes: of all segments; turn_weights: what those of targets number.
+        """
+        if len(turn_weights) == 1:
+            return None
+        numbers = modes[self.segment[self.first_run]] >> WEIGHT_SHIFT
+        return np.array(turn_weights)[numbers]
 
     def sum_by_turn(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
         """(num_runs,) -> (num_turns,)."""
@@ -48,6 +62,7 @@ def target_runs(
     turn_mark = (kind == TARGET_BEGIN).cumsum()[targets]
     kept = begin < end
     if not kept.all():
+        targets = targets[kept]
         session, begin, end, turn_mark = session[kept], begin[kept], end[kept], turn_mark[kept]
     opens_turn = np.ones(len(session), dtype=np.bool_)
     opens_turn[1:] = (turn_mark[1:] != turn_mark[:-1]) | (session[1:] != session[:-1])
@@ -57,4 +72,5 @@ def target_runs(
         end=end,
         turn=opens_turn.cumsum() - 1,
         first_run=opens_turn.nonzero()[0],
+        segment=targets,
     )

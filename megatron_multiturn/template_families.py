@@ -120,12 +120,18 @@ def _chatglm2_question(number: int, _system: str, question: str) -> tuple[Part, 
 _MESSAGE_TEMPLATES = (
     Template(name="firefly", specials=(BOS, EOS), opening=(BOS,), render_message=_firefly_message),
     Template(name="plain", specials=(BOS, EOS), opening=(BOS,), render_message=_plain_message),
-    Template(name="chatml", specials=(IM_START, IM_END), render_message=_chatml_message),
+    Template(
+        name="chatml",
+        specials=(IM_START, IM_END),
+        trains_any_role=True,
+        render_message=_chatml_message,
+    ),
     Template(
         name="llama3",
         specials=(BOS, START_HEADER, END_HEADER, END_OF_TURN),
         opening=(BOS,),
         strips=True,
+        trains_any_role=True,
         render_message=_llama3_message,
     ),
 )

@@ -47,6 +47,7 @@ class Segment:
     parts: tuple[Part, ...]
     starts_message: bool = False  # context that begins a message: a window may open here
     leading_system: bool = False  # context that every window of a long session begins with
+    weight: float = 1.0  # of the turn, if it is a target
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +88,10 @@ class ChatTemplate(Protocol):
         """
 
     @property
+    def trains_any_role(self) -> bool:
+        """Whether it writes the messages of all roles alike, so that any can be trained on."""
+
+    @property
     def strips(self) -> bool:
         """Whether it leaves out white space at the head and the end of contents."""
 
@@ -109,6 +114,7 @@ class BuiltInTemplate:
     specials: tuple[Special, ...]
     opening: tuple[Special, ...] = ()  # before the first message
     strips: bool = False  # white space around contents
+    trains_any_role: bool = False  # else only the assistant's messages are closed as answers
 
     @property
     def depends_on_roles_alone(self) -> bool:
@@ -158,7 +164,9 @@ class Template(BuiltInTemplate):
         leading = True
         for message, following in zip(session.messages, (*session.messages[1:], None), strict=True):
             leading = leading and message.role == "system"
-            segments += group_parts(self.render_message(message, following), leading=leading)
+            segments += group_parts(
+                self.render_message(message, following), leading=leading, weight=message.weight
+            )
         return segments
 
 
@@ -171,7 +179,7 @@ def rendering_text(segments: tuple[Segment, ...]) -> str:
     )
 
 
-def group_parts(parts: MessageParts, *, leading: bool) -> list[Segment]:
+def group_parts(parts: MessageParts, *, leading: bool, weight: float = 1.0) -> list[Segment]:
     """Group one message's parts into segments.
 
     [("a", True), ("b", False), ("c", True), (EOS, True)] becomes TARGET_BEGIN a, CONTEXT b,
@@ -186,7 +194,8 @@ def group_parts(parts: MessageParts, *, leading: bool) -> list[Segment]:
             continue
         run = tuple(part for part, _ in parts[start:stop])
         if trained:
-            segments.append(Segment(kind=TARGET_CONTINUE if has_turn else TARGET_BEGIN, parts=run))
+            kind = TARGET_CONTINUE if has_turn else TARGET_BEGIN
+            segments.append(Segment(kind=kind, parts=run, weight=weight))
             has_turn = True
         else:
             segments.append(
@@ -201,7 +210,7 @@ def render_plain(session: Session) -> tuple[Segment, ...]:
     (message,) = session.messages
     return (
         Segment(kind=CONTEXT, parts=(BOS,), starts_message=True),
-        *group_parts(closed_runs(message.runs(), EOS), leading=False),
+        *group_parts(closed_runs(message.runs(), EOS), leading=False, weight=message.weight),
     )
 
 

@@ -20,6 +20,7 @@ class RenderedText:
     text: str
     tokens: list[TokenSpan]  # the control tokens that the template wrote, in order
     turns: list[list[Span]]  # the spans of each turn, all in order, none empty
+    turn_weights: list[float]  # of each turn
     message_starts: list[int]  # where windows may open
     leading_stop: int  # up to here every window of a long session repeats it
 
@@ -82,7 +83,8 @@ def cut_segments(rendered: RenderedText) -> tuple[Segment, ...]:
             number = owners[owner][2]
             kind = TARGET_CONTINUE if number in begun else TARGET_BEGIN
             begun.add(number)
-            segments.append(Segment(kind=kind, parts=tuple(parts)))
+            weight = rendered.turn_weights[number]
+            segments.append(Segment(kind=kind, parts=tuple(parts), weight=weight))
         else:
             segments.append(
                 Segment(

@@ -5,6 +5,7 @@ The oracle knows sessions and pieces only as text, and weights as exact fraction
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 
 from megatron_multiturn.averages import fixed_point
 from megatron_multiturn.errors import ConfigError
+from megatron_multiturn.modes import WEIGHT_SHIFT
 from megatron_multiturn.packing import PackPlan
 from megatron_multiturn.samples import LOSS_AVERAGES, RowFormat, largest_divisor_unit
 
@@ -213,6 +215,66 @@ def test_each_average_is_what_it_equals(
     divisor = sum(int(row["turn_num"][0]) for row in rows)
     rounding = 0 if unit == 1 else len(rows) / 2
     assert divisor == pytest.approx(expected_divisor * unit, abs=rounding)
+
+
+WEIGHTS = (1.0, 0.3, 2.0, 0.001)
+
+
+def weighted(session: DrawnSession) -> DrawnSession:
+    """Turn A weighs 1, B 0.3, C 2, D 0.001, E 1, ..."""
+    modes = session.modes.copy()
+    begin = 0
+    for index, length in enumerate(session.segment_lengths.tolist()):
+        letter = session.drawing[begin]
+        if letter.isupper():
+            modes[index] |= (ord(letter) - ord("A")) % len(WEIGHTS) << WEIGHT_SHIFT
+        begin += length
+    return replace(session, modes=modes)
+
+
+@pytest.mark.parametrize("average", LOSS_AVERAGES)
+def test_weights_of_turns_are_in_numerator_and_divisor(
+    corpus: list[DrawnSession], average: str
+) -> None:
+    plan = plan_of(corpus, 16, 1)
+    unit = largest_divisor_unit(average, 1, 16, WEIGHTS)
+    assert unit > 1
+    row_format = RowFormat(
+        sequence_length=16,
+        max_pieces_per_row=plan.stats.max_pieces_per_row,
+        pad_token=0,
+        loss_average=average,
+        divisor_unit=unit,
+    )
+    plain = build_rows(corpus, plan, row_format)
+    row_format = replace(row_format, turn_weights=WEIGHTS)
+    rows = build_rows([weighted(session) for session in corpus], plan, row_format)
+    for row, before, pieces in zip(
+        rows, plain, map(plan.pieces_of_row, range(plan.num_rows)), strict=True
+    ):
+        expected = np.zeros(16)
+        for piece, row_begin in zip(pieces.tolist(), row["cu_seqlens"].tolist(), strict=False):
+            session = corpus[int(plan.pieces.session[piece])]
+            system_stop, start, *_ = span = plan.pieces.spans_of(np.array([piece]))[0].tolist()
+            for offset in trained_offsets(session, span):
+                number = (ord(session.turn_of_token[offset] or "") - ord("A")) % len(WEIGHTS)
+                expected[row_begin + system_stop + offset - start - 1] = WEIGHTS[number]
+        expected *= weights(before) / unit
+        divisor = int(row["turn_num"][0]) / unit
+        np.testing.assert_allclose(weights(row).sum() / unit, divisor, rtol=1e-6)
+        # Both rows are rounded to the unit, which is more of a row of nothing but light turns.
+        assert divisor == pytest.approx(expected.sum(), abs=2 / unit)
+        counts = [max(1, int(one["turn_num"][0])) for one in (row, before)]
+        rounding = sum(1 / count for count in counts)
+        np.testing.assert_allclose(weights(row) / unit, expected, rtol=2e-6 + rounding)
+
+
+def test_units_of_weights() -> None:
+    assert largest_divisor_unit("turn", 8, 4096, (1.0, 3.0)) == 1
+    assert largest_divisor_unit("turn", 8, 4096, (1.0, 0.5)) == 2**15
+    assert largest_divisor_unit("turn", 8, 4096, (1.0, 2.5)) == 2**14
+    with pytest.raises(ConfigError, match="make it smaller"):
+        largest_divisor_unit("turn", 2**12, 2**12, (1.0, 1000.0))
 
 
 @pytest.mark.parametrize("average", LOSS_AVERAGES)

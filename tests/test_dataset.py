@@ -1,6 +1,5 @@
 """MultiTurnDataset: splits, epochs, blends, the cached plan, and what it refuses."""
 
-import json
 import re
 import shutil
 from dataclasses import replace
@@ -233,15 +232,6 @@ def test_another_tokenizer_is_refused(tmp_path: Path, prefix: str) -> None:
     config = replace(config, tokenizer_identity=replace(identity, content_hash="0" * 64))
     with pytest.raises(DatasetError, match=r"made with another tokenizer.*preprocess"):
         make_dataset(config, prefix)
-
-
-def test_turn_weights_are_refused(tmp_path: Path) -> None:
-    prefix = write_dataset(tmp_path / "weighted", 4)
-    manifest = Path(f"{prefix}.json")
-    content = json.loads(manifest.read_text()) | {"turn_weights": [1.0, 0.5]}
-    manifest.write_text(json.dumps(content))
-    with pytest.raises(DatasetError, match=r"weighs turns by \(1.0, 0.5\)"):
-        make_dataset(make_config(tmp_path, prefix), prefix, sessions=range(4))
 
 
 def test_an_empty_split_is_refused(tmp_path: Path, prefix: str) -> None:

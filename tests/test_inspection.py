@@ -194,6 +194,7 @@ def test_loss_shares_in_closed_form() -> None:
             tokens_per_session=np.array([2, 7]),
             turns_per_session=np.array([1, 2]),
             targets_per_turn=np.array([1, 1, 4]),
+            turn_weights=None,
         )
     )
     assert shares.least_targets.tolist() == [1, 2, 4]

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "megatron_multiturn"
 
 # Any module may import these.
-LEAVES = ("_version", "errors", "modes", "megatron_compat", "megatron_hooks")
+LEAVES = ("_version", "errors", "modes", "turn_weights", "megatron_compat", "megatron_hooks")
 
 # A module may import only those named before it.
 ORDER = (
@@ -21,15 +21,8 @@ ORDER = (
     *("template_families", "control_tokens", "turn_spans", "template_input"),
     *("append_only", "containment", "sandbox", "renderings"),
     *("rendered_session", "jinja_templates", "vocabulary", "run_encoder"),
-    *(
-        "engines",
-        "layouts",
-        "plain_chats",
-        "prompt_variants",
-        "encoded_sessions",
-        "batch_encoding",
-        "encoding",
-    ),
+    *("engines", "layouts", "plain_chats", "prompt_variants"),
+    *("encoded_sessions", "batch_encoding", "encoding"),
     *("index_file", "manifest", "batch_checks", "spooled_columns", "session_writer"),
     *("encoding_pool", "tally", "unfinished", "journal", "shard_files", "progress"),
     # dataset -> rows -> training
@@ -50,7 +43,7 @@ ORDER = (
 )
 
 PURE = (
-    *("errors", "modes"),
+    *("errors", "modes", "turn_weights"),
     *("input_files", "parquet_records", "json_lists", "record_blocks", "records", "shards"),
     *("messages", "fields", "tool_fields", "entries", "chat_formats", "question_formats"),
     *("sessions", "supervision", "templates", "round_templates"),

@@ -190,7 +190,7 @@ BAD_SESSIONS = {
     "negative weight": (
         {"messages": [USER, ANSWER | {"weight": -1}]},
         "wrong-weight",
-        "message 2: 'weight' is -1; it must be a number: 0 .*or above",
+        "message 2: 'weight' is -1; it must be 0 .*or a number from 0.001 to 1000",
     ),
     "infinite weight": (
         {"messages": [USER, ANSWER | {"weight": float("inf")}]},

@@ -12,7 +12,7 @@ import pytest
 
 from megatron_multiturn.batch_checks import count_targets
 from megatron_multiturn.encoding import EncodedSession, join_encoded
-from megatron_multiturn.errors import ConfigError, DatasetError
+from megatron_multiturn.errors import DatasetError
 from megatron_multiturn.index_file import read_index, smallest_token_dtype, write_index
 from megatron_multiturn.manifest import InputFile, TemplateIdentity
 from megatron_multiturn.session_writer import SessionWriter
@@ -212,13 +212,6 @@ def test_no_manifest_vouches_for_half_replaced_files(
     assert replaced == [prefix + ".bin"]
     with pytest.raises(DatasetError, match="no manifest"):
         SessionStore.open(prefix)
-
-
-def test_too_many_turn_weights_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="33 turn weights; a dataset has 1 to 32"):
-        SessionWriter(
-            str(tmp_path / "x"), tokenizer=identity(9), template=TEMPLATE, turn_weights=[1.0] * 33
-        )
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx"])

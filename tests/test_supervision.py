@@ -2,12 +2,19 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
+from session_fixtures import megatron_tokenizer, tiny_hugging_face
 
-from megatron_multiturn.errors import SessionError
+from megatron_multiturn.encoding import SessionEncoder
+from megatron_multiturn.errors import ConfigError, SessionError
 from megatron_multiturn.messages import Message, ToolCall
+from megatron_multiturn.modes import TARGET_BEGIN
+from megatron_multiturn.plain_chats import PlainChat
 from megatron_multiturn.sessions import Session
 from megatron_multiturn.supervision import TRAIN_ON, select_answers
+from megatron_multiturn.template_families import TEMPLATES
+from megatron_multiturn.vocabulary import open_vocabulary
 
 CALL = (ToolCall(name="f"),)
 
@@ -53,7 +60,10 @@ def test_answers_are_chosen(train_on: str, letters: str, expected: str) -> None:
     [("last", "uaun"), ("last-exchange", "uau"), ("last-exchange", "uaun"), ("assistant", "uct")],
 )
 def test_a_session_without_an_answer_left_is_refused(train_on: str, letters: str) -> None:
-    message = f"^in.jsonl:7: --train-on {train_on} leaves no answer.*or pass --train-on all"
+    message = (
+        f"^in.jsonl:7: --train-on {train_on} leaves no answer of the roles assistant: .*or pass "
+        "--train-on all"
+    )
     with pytest.raises(SessionError, match=message) as caught:
         select_answers(drawn(letters), train_on)
     assert caught.value.reason == "nothing-to-train"
@@ -72,10 +82,41 @@ def test_nothing_but_train_changes() -> None:
     assert select_answers(given, "all") is given
 
 
-def test_weights_that_a_dataset_cannot_hold_are_refused() -> None:
-    heavy = replace(drawn("a").messages[0], weight=0.5)
-    session = replace(drawn("uaua"), messages=(*drawn("u").messages, heavy, *drawn("ua").messages))
-    with pytest.raises(SessionError, match=r"^in.jsonl:7: message 2 has the weight 0.5") as caught:
-        select_answers(session, "all")
-    assert caught.value.reason == "weight"
-    assert trained(select_answers(session, "last")) == "---x"  # what is context weighs nothing
+@pytest.mark.parametrize(
+    ("train_roles", "train_on", "letters", "expected"),
+    [
+        (["user"], "all", "uaucta", "x-x---"),
+        (["user", "assistant"], "all", "uanct", "xx-x-"),
+        (["tool", "assistant"], "last", "uct", "--x"),
+        (["tool", "assistant"], "last-exchange", "uauct", "---xx"),
+        (["user"], "last", "uaua", "--x-"),
+    ],
+)
+def test_other_roles_can_be_answers(
+    train_roles: list[str], train_on: str, letters: str, expected: str
+) -> None:
+    assert trained(select_answers(drawn(letters), train_on, train_roles)) == expected
+
+
+def test_a_session_without_the_role_is_refused() -> None:
+    with pytest.raises(SessionError, match="leaves no answer of the roles tool"):
+        select_answers(drawn("ua"), "all", ["tool"])
+
+
+def test_only_some_templates_train_other_roles() -> None:
+    vocabulary = open_vocabulary(megatron_tokenizer("HuggingFaceTokenizer", tiny_hugging_face()))
+    encoder = SessionEncoder(TEMPLATES["chatml"], vocabulary, train_roles=["user"])
+    chat = PlainChat(("user", "assistant"), ["q", "a"], "x:1")
+    for session in (chat, chat.session()):
+        batch = encoder.encode([session])
+        encoded = batch.session(0)
+        ends = np.cumsum(encoded.segment_lengths)
+        pieces = [piece.tolist() for piece in np.split(encoded.tokens, ends[:-1])]
+        targets = [
+            text
+            for text, mode in zip(vocabulary.decode(pieces), encoded.modes.tolist(), strict=True)
+            if mode == TARGET_BEGIN
+        ]
+        assert targets == ["q<|im_end|>"]
+    with pytest.raises(ConfigError, match=r"--train-roles user: template 'firefly' marks only"):
+        SessionEncoder(TEMPLATES["firefly"], vocabulary, train_roles=["user"])
