@@ -42,6 +42,10 @@ setup(
         "sentencepiece>=0.2",
         "transformers>=4.51",
         "tqdm>=4.66",
+        "jinja2>=3.1",  # chat templates
+        # Preprocessing does without these two, but takes many times as long.
+        "gigatoken>=0.10",
+        "orjson>=3.10",
         # Imported by Megatron on the way of a training run, but not required by its package.
         "einops>=0.8",  # parallel_state lays out the ranks of hierarchical context parallelism
         "packaging>=24.2",

@@ -4,15 +4,19 @@ What is read here comes out of `sessions.parse_session` alike; everything else i
 so are all errors.
 """
 
+import importlib
 from typing import Any, NamedTuple
-
-import orjson
 
 from megatron_multiturn.entries import CALL_ROLES, ROLES
 from megatron_multiturn.fields import REFUSED_KEYS
 from megatron_multiturn.messages import Message
 from megatron_multiturn.records import RawRecord
 from megatron_multiturn.sessions import Session
+
+try:
+    _orjson: Any = importlib.import_module("orjson")
+except ImportError:  # an installation without what it asks for
+    _orjson = None
 
 _ROLES = {spelling: role for spelling, role in ROLES.items() if spelling not in CALL_ROLES}
 # Where the list of messages is, by the format that is asked for.
@@ -50,10 +54,10 @@ def read_plain_chat(record: RawRecord, form: str) -> PlainChat | None:
     form: a key of `sessions.FORMATS`, or "auto".
     """
     names = _LISTS.get(form)
-    if names is None:
+    if names is None or _orjson is None:
         return None
     try:
-        value = orjson.loads(record.data)
+        value = _orjson.loads(record.data)
     except ValueError:
         return None
     if type(value) is not dict or not _KEYS_WITH_MEANING.isdisjoint(value):

@@ -39,7 +39,7 @@ from megatron_multiturn.vocabulary import open_vocabulary, tokenizer_fingerprint
 _FLAGS_THAT_DECIDE_NOTHING = (
     *("input", "output_prefix", "overwrite", "workers", "shard", "dry_run", "on_bad_session"),
     *("tokenizer_model", "vocab_file", "merge_file", "template", "jinja_template"),
-    *("template_date", "tokenizer_engine"),
+    "template_date",
 )
 _MAX_DEFAULT_WORKERS = 16
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mutated_records import bent_line, whole_records
 
+from megatron_multiturn import plain_chats
 from megatron_multiturn.errors import SessionError
 from megatron_multiturn.plain_chats import read_plain_chat
 from megatron_multiturn.record_blocks import RawRecord
@@ -107,6 +108,11 @@ def test_half_a_surrogate_is_left_to_the_careful_reader() -> None:
 @given(draw=st.randoms(use_true_random=False), form=st.sampled_from(FORMS))
 def test_bent_records_are_read_alike(draw: random.Random, form: str) -> None:
     check_alike(bent_line(draw), form)
+
+
+def test_without_orjson_all_is_left_to_the_careful_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plain_chats, "_orjson", None)
+    assert not check_alike(json.dumps({"messages": [USER, ANSWER]}).encode())
 
 
 def test_some_whole_records_are_read_in_a_hurry() -> None:
