@@ -9,12 +9,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
 from megatron_multiturn.encoding import EncodedBatch, SessionEncoder
 from megatron_multiturn.errors import MultiTurnError, SessionError
+from megatron_multiturn.held_signals import HeldSignals
 from megatron_multiturn.plain_chats import PlainChat, read_plain_chat
 from megatron_multiturn.record_blocks import Block, RawRecord
 from megatron_multiturn.records import read_records
@@ -22,6 +23,7 @@ from megatron_multiturn.sessions import Session, parse_session
 
 _BLOCKS_PER_WORKER = 4
 _PARENT_CHECK_SECONDS = 1.0
+_SIGNAL_SECONDS = 0.2  # after which one acts
 _SAMPLED_FILES = 16
 _SAMPLED_BYTES = 1 << 19
 
@@ -113,35 +115,41 @@ def encode_blocks[Tag](
     # What is there already is not looked through in the workers, which would copy its pages.
     gc.collect()
     gc.freeze()
-    pool = ProcessPoolExecutor(
-        num_workers,
-        # A forked worker has the tokenizer already; Megatron runs where there is fork.
-        mp_context=multiprocessing.get_context("fork"),
-        initializer=_start_worker,
-        initargs=(work, os.getpid()),
-    )
-    try:
-        pending: deque[tuple[Tag, Block, Future[EncodedBlock]]] = deque()
-        for tag, block in blocks:
-            pending.append((tag, block, pool.submit(_encode_in_worker, block)))
-            if len(pending) >= num_workers * _BLOCKS_PER_WORKER:
-                yield _take(pending)
-        while pending:
-            yield _take(pending)
-    except BrokenProcessPool:
-        raise MultiTurnError(
-            "a worker process was killed, perhaps for want of memory; try again with fewer "
-            f"--workers than {num_workers}"
-        ) from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-        gc.unfreeze()
+    with HeldSignals() as signals:
+        pool = ProcessPoolExecutor(
+            num_workers,
+            # A forked worker has the tokenizer already; Megatron runs where there is fork.
+            mp_context=multiprocessing.get_context("fork"),
+            initializer=_start_worker,
+            initargs=(work, os.getpid()),
+        )
+        try:
+            pending: deque[tuple[Tag, Block, Future[EncodedBlock]]] = deque()
+            for tag, block in blocks:
+                pending.append((tag, block, pool.submit(_encode_in_worker, block)))
+                if len(pending) >= num_workers * _BLOCKS_PER_WORKER:
+                    yield _take(pending, signals)
+            while pending:
+                yield _take(pending, signals)
+        except BrokenProcessPool:
+            raise MultiTurnError(
+                "a worker process was killed, perhaps for want of memory; try again with fewer "
+                f"--workers than {num_workers}, or, if a stack that ends in <template> stands "
+                "above, with another chat template"
+            ) from None
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+            gc.unfreeze()
 
 
 def _take[Tag](
-    pending: deque[tuple[Tag, Block, Future[EncodedBlock]]],
+    pending: deque[tuple[Tag, Block, Future[EncodedBlock]]], signals: HeldSignals
 ) -> tuple[Tag, Block, EncodedBlock]:
     tag, block, future = pending.popleft()
+    signals.release()
+    while not future.done():
+        wait([future], timeout=_SIGNAL_SECONDS)
+        signals.release()
     return tag, block, future.result()
 
 

@@ -24,7 +24,7 @@ ORDER = (
     *("engines", "layouts", "plain_chats", "prompt_variants"),
     *("encoded_sessions", "batch_encoding", "encoding"),
     *("index_file", "manifest", "batch_checks", "spooled_columns", "session_writer"),
-    *("encoding_pool", "tally", "unfinished", "journal", "shard_files", "progress"),
+    *("held_signals", "encoding_pool", "tally", "unfinished", "journal", "shard_files", "progress"),
     # dataset -> rows -> training
     *("shared_files", "object_storage", "row_pieces", "token_reader", "store"),
     *("targets", "cutting", "windows", "packing", "averages", "samples", "plan_cache", "dataset"),
