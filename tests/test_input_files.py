@@ -277,7 +277,7 @@ def test_unreadable_folders_are_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize("pack", [bytes, gzip.compress, zstd], ids=["plain", "gzip", "zstd"])
 def test_blocks_know_how_much_of_the_file_is_read(tmp_path: Path, pack: Any) -> None:
     noise = random.Random(1)
-    lines = [json.dumps({"text": noise.randbytes(200).hex()}) for _ in range(10_000)]
+    lines = [json.dumps({"text": noise.randbytes(200).hex()}) for _ in range(40_000)]
     path = tmp_path / "in"
     path.write_bytes(pack("\n".join(lines).encode()))
     positions = [block.raw_position for block in read_blocks(FilePart.whole(str(path)))]

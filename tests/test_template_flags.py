@@ -178,4 +178,4 @@ def test_refused_control_tokens_are_counted(
     data = [make_record(1), {"messages": messages}]
     path = write_jsonl(tmp_path / "b.jsonl", [json.dumps(one) for one in data])
     assert run(tmp_path, UNMARKED, "--input", path, *skip) == 0
-    assert "control-token-in-text: 1" in capsys.readouterr().out
+    assert "1 control-token-in-text" in capsys.readouterr().out
