@@ -18,6 +18,7 @@ made up; --megabytes and its like grow a corpus by changed copies of itself.
 import argparse
 import os
 import platform
+import random
 import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -100,6 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _say_where()
     sessions = read_sessions(args.data) if args.data else generated_sessions(args.sessions)
     sessions = join_sessions(sessions, args.min_turns)
+    random.Random(0).shuffle(sessions)  # the head of it shall be like all of it
     if not sessions:
         parser.error(f"there are not --min-turns {args.min_turns} answers in all sessions")
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
