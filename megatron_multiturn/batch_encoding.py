@@ -7,9 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_multiturn.engines import Engine
-from megatron_multiturn.layouts import Layout, edges_to_left, fill_text, make_fill
+from megatron_multiturn.layouts import Layout, edges_to_left
 from megatron_multiturn.modes import CONTEXT, KIND_MASK, TARGET_BEGIN, TARGET_CONTINUE, is_target
 from megatron_multiturn.run_encoder import RunEncoder
+from megatron_multiturn.text_groups import fill_text, make_fill
 from megatron_multiturn.turn_weights import TurnWeights
 
 

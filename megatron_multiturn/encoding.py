@@ -21,7 +21,7 @@ from megatron_multiturn.control_tokens import ControlLiterals, ControlToken
 from megatron_multiturn.encoded_sessions import EncodedBatch, EncodedSession, join_encoded
 from megatron_multiturn.engines import Engine, ReferenceEngine
 from megatron_multiturn.errors import ConfigError, SessionError
-from megatron_multiturn.layouts import ConstantPool, Layout, LayoutMaker, fill_groups, slot_text
+from megatron_multiturn.layouts import ConstantPool, Layout, LayoutMaker, fill_groups
 from megatron_multiturn.messages import Message
 from megatron_multiturn.plain_chats import PlainChat
 from megatron_multiturn.prompt_variants import PromptVariants
@@ -30,6 +30,7 @@ from megatron_multiturn.sessions import Session
 from megatron_multiturn.supervision import DEFAULT_ROLES, select_answers
 from megatron_multiturn.template_input import keys_in, message_variables, texts_in
 from megatron_multiturn.templates import BOS, EOS, ChatTemplate, Document, Special
+from megatron_multiturn.text_groups import slot_text
 from megatron_multiturn.turn_weights import TurnWeights
 from megatron_multiturn.vocabulary import Vocabulary
 

@@ -13,7 +13,7 @@ sequence of roles is made once, with slots for the contents, and filled for ever
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -30,95 +30,8 @@ from megatron_multiturn.modes import (
 )
 from megatron_multiturn.run_encoder import RunEncoder
 from megatron_multiturn.templates import Segment, Special
+from megatron_multiturn.text_groups import Fill, Text, TextGroup, cut_groups, fill_text, make_fill
 from megatron_multiturn.turn_weights import TurnWeights
-
-Text = tuple[str | int, ...]  # literals, and numbers of slots
-_SLOT = re.compile("\ue000([0-9]+)\ue001")
-
-
-def slot_text(number: int) -> str:
-    """The content of message `number` when a layout with slots is made."""
-    return f"\ue000{number}\ue001"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TextGroup:
-    """Text that is encoded as one; its pieces are those of different segments."""
-
-    pieces: tuple[Text, ...]
-    segments: tuple[int, ...]  # of each piece
-    goes_on: bool  # whether it begins in the middle of a text
-
-    @property
-    def is_constant(self) -> bool:
-        return all(isinstance(item, str) for piece in self.pieces for item in piece)
-
-
-@dataclass(slots=True)
-class _Cutter:
-    """Cuts segments into ids and text groups."""
-
-    id_of: Callable[[Special], int | None]
-    unsafe: re.Pattern[str] | None
-    has_slots: bool
-    atoms: list[tuple[int, int | TextGroup]] = field(default_factory=list)  # with their segments
-    pieces: list[tuple[int, list[str]]] = field(default_factory=list)  # of the open group
-    goes_on: bool = False
-
-    def add(self, segment: int, part: str | Special) -> None:
-        if isinstance(part, str):
-            if part and (not self.pieces or self.pieces[-1][0] != segment):
-                self.pieces.append((segment, []))
-            if part:
-                self.pieces[-1][1].append(part)
-            return
-        self._close()
-        token_id = self.id_of(part)
-        if token_id is not None:
-            self.atoms.append((segment, token_id))
-        self.goes_on = False
-
-    def finish(self) -> list[tuple[int, int | TextGroup]]:
-        self._close()
-        return self.atoms
-
-    def _close(self) -> None:
-        pieces = [(segment, "".join(texts)) for segment, texts in self.pieces]
-        self.pieces = []
-        for group in self._broken_up(pieces):
-            segments = tuple(segment for segment, _ in group)
-            texts = tuple(self._items(text) for _, text in group)
-            made = TextGroup(pieces=texts, segments=segments, goes_on=self.goes_on)
-            self.atoms.append((segments[0], made))
-            self.goes_on = True
-
-    def _broken_up(self, pieces: list[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
-        """The pieces; text that the tokenizer would read as a control token is cut in two.
-
-        What follows goes on, but is not joined with what stands before.
-        """
-        text = "".join(text for _, text in pieces)
-        cut = 0
-        # What is left of one literal may hold another.
-        while pieces and self.unsafe is not None and (match := self.unsafe.search(text, cut)):
-            size, cut = match.start() + 1 - cut, match.start() + 1
-            head: list[tuple[int, str]] = []
-            while size:
-                segment, piece = pieces.pop(0)
-                head.append((segment, piece[:size]))
-                if piece[size:]:
-                    pieces.insert(0, (segment, piece[size:]))
-                size -= len(head[-1][1])
-            yield head
-        if pieces:
-            yield pieces
-
-    def _items(self, text: str) -> Text:
-        if not self.has_slots:
-            return (text,)
-        return tuple(
-            int(item) if index % 2 else item for index, item in enumerate(_SLOT.split(text)) if item
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,40 +50,8 @@ class Layout:
     edge_segments: NDArray[np.int64]  # (num_edges, 2) before it and after it
     edge_constants: NDArray[np.int64]  # (num_edges, 2) the ids before it, in the pool; or (0, 0)
     groups: tuple[TextGroup, ...]
-    group_fills: tuple["Fill", ...]  # the texts of the groups
-    edge_fills: tuple["Fill", ...]  # the texts before the edges with (0, 0)
-
-
-# (text before, slot, text after, items): a text with one slot; or with no slot or with several,
-# and then the slot is -1 and the items are all there is.
-Fill = tuple[str, int, str, Text]
-
-
-def make_fill(items: Text) -> Fill:
-    """How the items become one text, given the contents."""
-    merged: list[str | int] = []
-    for item in items:
-        if isinstance(item, str) and merged and isinstance(merged[-1], str):
-            merged[-1] += item
-        else:
-            merged.append(item)
-    slots = [index for index, item in enumerate(merged) if isinstance(item, int)]
-    if len(slots) != 1:
-        return "", -1, "", tuple(merged)
-    (at,) = slots
-    before, after = ("".join(map(str, part)) for part in (merged[:at], merged[at + 1 :]))
-    return before, int(merged[at]), after, ()
-
-
-def fill_text(fill: Fill, contents: Sequence[str]) -> str:
-    """The text with its slots filled.
-
-    ("user\\n", 0, "", ()) with the contents ["Hi."] is "user\\nHi.".
-    """
-    before, slot, after, items = fill
-    if slot >= 0:
-        return before + contents[slot] + after
-    return "".join([item if isinstance(item, str) else contents[item] for item in items])
+    group_fills: tuple[Fill, ...]  # the texts of the groups
+    edge_fills: tuple[Fill, ...]  # the texts before the edges with (0, 0)
 
 
 def fill_groups(layout: Layout, contents: Sequence[str]) -> list[str]:
@@ -241,12 +122,9 @@ class LayoutMaker:
         weights: numbers those of the turns; has_slots: whether the layout will be used again, so
         that what is constant is encoded here.
         """
-        cutter = _Cutter(id_of=self._id_of, unsafe=self._unsafe, has_slots=has_slots)
-        for number, written in enumerate(segments):
-            for part in written.parts:
-                cutter.add(number, part)
+        atoms = cut_groups(segments, id_of=self._id_of, unsafe=self._unsafe, has_slots=has_slots)
         arrays = _Arrays(np.array([_mode(written, weights) for written in segments], dtype=np.int8))
-        for segment, atom in cutter.finish():
+        for segment, atom in atoms:
             if isinstance(atom, int):
                 arrays.add_constant(segment, self._pool.span([atom]))
             elif has_slots and atom.is_constant:
