@@ -22,7 +22,8 @@ class EncodedDocuments:
     segment_lengths: NDArray[np.int32]  # (num_segments,), none is 0
     modes: NDArray[np.int8]  # (num_segments,)
     first_segments: NDArray[np.int64]  # (number of documents that did not fail + 1,), from 0
-    failed: NDArray[np.bool_]  # (num_documents,): a token lies across an edge, who knows where
+    failed: NDArray[np.bool_]  # (num_documents,): of a source with a token across an edge, who
+    # knows where
     is_recut: NDArray[np.bool_]  # (num_documents,): a token lay across the edge of an answer
     is_lossy: NDArray[np.bool_]  # (num_documents,): some text does not decode to itself
 
@@ -70,12 +71,19 @@ class DocumentBatch:
         return number
 
     def encode(
-        self, engine: Engine, run_encoder: RunEncoder, pool: NDArray[np.int32]
+        self,
+        engine: Engine,
+        run_encoder: RunEncoder,
+        pool: NDArray[np.int32],
+        sources: NDArray[np.int32],
+        *,
+        unknown_id: int | None,
     ) -> EncodedDocuments:
         """Encode all of them, of which there must be one.
 
         run_encoder: cuts the texts in which a token lies across an edge; pool: the ids that the
-        layouts know.
+        layouts know; sources: (num_documents,), those of one source fail together; unknown_id: of
+        the token for what the vocabulary does not have, one for any number of characters.
         """
         columns = _Columns(self._layouts)
         encoded = engine.encode(self._texts)
@@ -87,6 +95,8 @@ class DocumentBatch:
         edge_spans = columns.edge_spans
         edge_spans[columns.is_variable] = text_spans[np.array(self._edge_texts, dtype=np.int64)]
         is_joined = ~_are_heads(source, edge_spans, group_spans[columns.edge_groups])
+        if unknown_id is not None:  # it could be one with what follows
+            is_joined |= source[edge_spans[:, 1] - 1] == unknown_id
         is_recut = self._none()
         recut_edges = np.flatnonzero(is_joined & columns.are_answers_edges())
         is_recut[columns.group_documents[columns.edge_groups[recut_edges]]] = True
@@ -104,6 +114,7 @@ class DocumentBatch:
             for atom, ids in zip(columns.atoms_of(group), pieces or (), strict=False):
                 starts[atom], lengths[atom] = len(source) + len(added), len(ids)
                 added += ids
+        failed = np.isin(sources, sources[failed])
         source = np.concatenate([source, np.array(added, dtype=np.int32)])
         segment_lengths = np.zeros(len(columns.modes), dtype=np.int64)
         lengths[failed[columns.atom_documents]] = 0
@@ -152,7 +163,7 @@ class _Columns:
         self.edge_groups = np.concatenate([layout.edge_groups for layout in layouts])
         self.edge_groups += np.repeat(_starts(num_groups), num_edges)
         self.edge_spans = np.concatenate([layout.edge_constants for layout in layouts])
-        self.is_variable = self.edge_spans[:, 1] == 0
+        self.is_variable = self.edge_spans[:, 1] < 0
         self._edge_segments = np.concatenate([layout.edge_segments for layout in layouts])
         self._edge_segments += np.repeat(_starts(num_segments), num_edges)[:, None]
 

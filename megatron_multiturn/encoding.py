@@ -221,13 +221,19 @@ class SessionEncoder:
     ) -> EncodedBatch:
         if not len(batch):
             return join_encoded([], errors=errors, totals=totals)
-        encoded = batch.encode(self._engine, self._run_encoder, self._pool.ids)
+        all_sources = np.array(sources, dtype=np.int32)
+        encoded = batch.encode(
+            self._engine,
+            self._run_encoder,
+            self._pool.ids,
+            all_sources,
+            unknown_id=self._vocabulary.unknown_id,
+        )
         totals["num_lossy_sessions"] += int(encoded.is_lossy.sum())
         totals["num_recut_sessions"] += int(encoded.is_recut.sum())
         if self._vocabulary.unknown_id is not None:
             is_unknown = encoded.tokens == self._vocabulary.unknown_id
             totals["num_unknown_tokens"] += int(np.count_nonzero(is_unknown))
-        all_sources = np.array(sources, dtype=np.int32)
         errors += [
             (source, _across_edge(sessions[source].location))
             for source in np.unique(all_sources[encoded.failed]).tolist()

@@ -48,10 +48,10 @@ class Layout:
     atom_edges: NDArray[np.int64]  # (num_atoms, 2), -1 where the group begins or ends
     edge_groups: NDArray[np.int64]  # (num_edges,)
     edge_segments: NDArray[np.int64]  # (num_edges, 2) before it and after it
-    edge_constants: NDArray[np.int64]  # (num_edges, 2) the ids before it, in the pool; or (0, 0)
+    edge_constants: NDArray[np.int64]  # (num_edges, 2) the ids before it, in the pool; or (-1, -1)
     groups: tuple[TextGroup, ...]
     group_fills: tuple[Fill, ...]  # the texts of the groups
-    edge_fills: tuple[Fill, ...]  # the texts before the edges with (0, 0)
+    edge_fills: tuple[Fill, ...]  # the texts before the edges with (-1, -1)
 
 
 def fill_groups(layout: Layout, contents: Sequence[str]) -> list[str]:
@@ -203,7 +203,7 @@ class _Arrays:
 
     def add_variable_edge(self, group: int, sides: tuple[int, int], fill: Fill) -> int:
         self.edge_fills.append(fill)
-        return self.add_edge(group, sides, (0, 0))
+        return self.add_edge(group, sides, (-1, -1))
 
     def layout(self) -> Layout:
         return Layout(

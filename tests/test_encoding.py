@@ -1,5 +1,6 @@
 """Tokens and modes, with Megatron's own tokenizers."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,16 @@ from session_fixtures import (
 from megatron_multiturn.encoding import EncodedSession, SessionEncoder
 from megatron_multiturn.errors import ConfigError
 from megatron_multiturn.messages import Message
-from megatron_multiturn.modes import LEADING_SYSTEM, MESSAGE_START, TARGET_BEGIN, TARGET_CONTINUE
+from megatron_multiturn.modes import (
+    CONTEXT,
+    LEADING_SYSTEM,
+    MESSAGE_START,
+    TARGET_BEGIN,
+    TARGET_CONTINUE,
+)
 from megatron_multiturn.sessions import Session, read_sessions
 from megatron_multiturn.template_families import TEMPLATES
+from megatron_multiturn.templates import Document, Segment
 from megatron_multiturn.vocabulary import open_vocabulary, tokenizer_fingerprint
 
 SP_TYPES = ["SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer"]
@@ -220,6 +228,61 @@ def test_an_edge_inside_a_token_is_counted(hugging_face_tokenizer: Any) -> None:
         [Session(messages=(gap,), location="x:1"), make_session(1)]
     )
     assert batch.totals["num_recut_sessions"] == 1
+
+
+def test_what_is_unknown_on_both_sides_of_an_edge_is_the_answers(tmp_path: Path) -> None:
+    """SentencePiece makes one token of any run of characters that it does not know."""
+    model = train_sentencepiece(tmp_path, byte_fallback=False)
+    tokenizer = megatron_tokenizer("SentencePieceTokenizer", model)
+    vocabulary = open_vocabulary(tokenizer)
+    context = Segment(kind=CONTEXT, parts=("the🙂",), starts_message=True)
+    answer = Segment(kind=TARGET_BEGIN, parts=("🙂 land",))
+    encoder = SessionEncoder(Fixed([[context, answer]]), vocabulary)
+    batch = encoder.encode([make_session(1)])
+    (whole,) = vocabulary.encode(["the🙂🙂 land"])
+    assert batch.tokens.tolist() == whole
+    assert [one == vocabulary.unknown_id for one in whole].count(True) == 1
+    assert vocabulary.unknown_id in cut(batch.session(0))[1]
+    assert batch.totals["num_recut_sessions"] == 1
+
+
+class Fixed:
+    """A template that writes the same documents whatever the session."""
+
+    name = "fixed"
+    content_hash = ""
+    specials = ()
+    opens_with_bos = depends_on_roles_alone = trains_any_role = strips = False
+
+    def __init__(self, documents: list[list[Segment]]) -> None:
+        self._documents = [Document(segments=tuple(segments)) for segments in documents]
+
+    def batch(self) -> contextlib.nullcontext[None]:
+        return contextlib.nullcontext()
+
+    def documents(self, session: Session) -> list[Document]:
+        return self._documents if session.messages[0].content == "question 1" else []
+
+
+def test_the_documents_of_a_session_fail_together(
+    hugging_face_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    below = hugging_face_tokenizer._tokenizer.tokenizer
+    word = next(w for w in ("mountain", "tallest", "metres") if len(below(" " + w).input_ids) == 1)
+    good = [Segment(kind=TARGET_BEGIN, parts=("the",))]
+    across = [
+        Segment(kind=CONTEXT, parts=(f"the {word[:2]}",)),
+        Segment(kind=TARGET_BEGIN, parts=(word[2:],)),
+    ]
+    vocabulary = open_vocabulary(hugging_face_tokenizer)
+    encoder = SessionEncoder(Fixed([good, across]), vocabulary)
+    assert encoder.encode([make_session(1)]).sources.tolist() == [0, 0]
+    monkeypatch.setattr(vocabulary, "encode_with_ends", lambda text: None)
+    batch = encoder.encode([make_session(1)])
+    assert batch.num_sessions == len(batch.tokens) == len(batch.modes) == 0
+    ((source, error),) = batch.errors
+    assert (source, error.reason) == (0, "token-across-edge")
+    assert "made.jsonl:1: a token lies across the edge of an answer" in str(error)
 
 
 @pytest.mark.parametrize(
