@@ -67,7 +67,7 @@ setup(
     },
     entry_points={
         "console_scripts": [
-            "megatron-multiturn-preprocess = megatron_multiturn.preprocess:main",
+            "megatron-multiturn-preprocess = megatron_multiturn.preprocess:run_command",
             "megatron-multiturn-merge = megatron_multiturn.merge:main",
             "megatron-multiturn-inspect = megatron_multiturn.inspection:main",
             "megatron-multiturn-selfcheck = megatron_multiturn.selfcheck:main",

@@ -22,6 +22,7 @@ from megatron_multiturn.encoded_sessions import EncodedBatch, EncodedSession, jo
 from megatron_multiturn.engines import Engine, ReferenceEngine
 from megatron_multiturn.errors import ConfigError, SessionError
 from megatron_multiturn.layouts import ConstantPool, Layout, LayoutMaker, fill_groups
+from megatron_multiturn.message_layouts import MessageLayouts
 from megatron_multiturn.messages import Message
 from megatron_multiturn.plain_chats import PlainChat
 from megatron_multiturn.prompt_variants import PromptVariants
@@ -31,7 +32,6 @@ from megatron_multiturn.supervision import DEFAULT_ROLES, select_answers
 from megatron_multiturn.template_input import keys_in, message_variables, texts_in
 from megatron_multiturn.templates import BOS, EOS, ChatTemplate, Document, Special
 from megatron_multiturn.text_groups import slot_text
-from megatron_multiturn.turn_weights import TurnWeights
 from megatron_multiturn.vocabulary import Vocabulary
 
 __all__ = [
@@ -91,6 +91,7 @@ class SessionEncoder:
             run_encoder=self._run_encoder,
             pool=self._pool,
         )
+        self._message_layouts = MessageLayouts(self._layout_maker)
         self._layouts: dict[tuple[str, ...], Layout | None] = {}
         self._refuses_literals = literal_control_tokens == "error"
         self._literals = self._control_literals()
@@ -207,7 +208,7 @@ class SessionEncoder:
         except SessionError:
             pass  # said again of each such session, with its place
         else:
-            layout = self._layout_maker.make(document.segments, TurnWeights(), has_slots=True)
+            layout = self._message_layouts.make(document.segments)
         self._layouts[roles] = layout
         return layout
 

@@ -7,6 +7,8 @@ really have, before a run and throughout it: it is only ever a faster way to the
 import importlib
 import itertools
 import json
+import os
+import resource
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,6 +22,9 @@ from megatron_multiturn.vocabulary import Vocabulary
 
 ENGINES = ("auto", "gigatoken", "reference")
 
+# What the process may grow by before what gigatoken remembers is thrown away.
+_MAX_GROWTH_BYTES = 80 << 20
+_FIRST_CALLS = 3
 # One text of so many is compared throughout a run.
 _CHECK_INTERVAL = 1024
 # What tokenizers have been seen to differ in.
@@ -99,7 +104,8 @@ class GigatokenEngine:
         self._vocabulary = vocabulary
         self._check_interval = check_interval
         self._num_texts = 0
-        self._backend, literals = _load_backend(vocabulary)
+        self._backend, self._description, literals = _load(vocabulary)
+        self._process = self._num_calls = self._held_bytes = 0
         self._compare(_TRICKY_TEXTS)
         # Texts that hold these are left to the library.
         self._unlike = ControlLiterals(
@@ -110,6 +116,7 @@ class GigatokenEngine:
 
     def encode(self, texts: Sequence[str]) -> EncodedTexts:
         """Raises ConfigError if a text that is compared has other ids."""
+        self._renew_if_grown()
         encoded = self._encode(texts)
         if self._unlike.occur_in("\n".join(texts)):
             held = [i for i, text in enumerate(texts) if self._unlike.find(text)]
@@ -133,6 +140,21 @@ class GigatokenEngine:
 
     def _decode(self, encoded: EncodedTexts) -> bytes:
         return bytes(self._backend.decode(encoded.ids.view(np.uint32)))
+
+    def _renew_if_grown(self) -> None:
+        """Load the backend anew when it has grown too far: it keeps all texts between two spaces.
+
+        In a language that puts few spaces nearly all of them are new.
+        """
+        if self._process != os.getpid():  # forked
+            self._process, self._num_calls = os.getpid(), 0
+        self._num_calls += 1
+        if self._num_calls <= _FIRST_CALLS:  # by then all else has been in memory once
+            self._held_bytes = _resident_bytes()
+        elif _resident_bytes() - self._held_bytes > _MAX_GROWTH_BYTES:
+            self._backend = None  # the old one goes before the new one comes
+            self._backend = _load_backend(self._description)
+            self._num_calls = 0
 
     def _encode(self, texts: Sequence[str]) -> EncodedTexts:
         layout = self._backend.encode_batch(list(texts), parallel=False).layout
@@ -204,8 +226,21 @@ def _find_lossy(
     )
 
 
-def _load_backend(vocabulary: Vocabulary) -> tuple[Any, list[str]]:
-    """(the encoder, the literals of the tokens that were added to the vocabulary)"""
+def _resident_bytes() -> int:
+    """What this process has in memory."""
+    with open("/proc/self/statm", "rb") as stream:
+        return int(stream.read().split()[1]) * resource.getpagesize()
+
+
+def _load_backend(description: str) -> Any:
+    return importlib.import_module("gigatoken").Tokenizer.from_json(description)
+
+
+def _load(vocabulary: Vocabulary) -> tuple[Any, str, list[str]]:
+    """(the backend, what it is loaded from, the literals of tokens added to the vocabulary)
+
+    Raises ConfigError if it cannot load it.
+    """
     try:
         gigatoken = importlib.import_module("gigatoken")
     except ImportError as error:
@@ -220,8 +255,8 @@ def _load_backend(vocabulary: Vocabulary) -> tuple[Any, list[str]]:
         added = description.get("added_tokens", ())
         # A message that spells a special token is text.
         description["added_tokens"] = [token for token in added if not token["special"]]
-        backend = gigatoken.Tokenizer.from_json(json.dumps(description))
-        return backend, [token["content"] for token in added]
+        text = json.dumps(description)
+        return _load_backend(text), text, [token["content"] for token in added]
     except ConfigError:
         raise
     except BaseException as error:  # a panic of its Rust part is no Exception

@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron_multiturn.decoding import open_decoder
 from megatron_multiturn.dry_run import show_sessions
@@ -295,5 +295,13 @@ def _build_encoder(args: argparse.Namespace, job: Job) -> tuple[SessionEncoder, 
     return encoder, tokenizer
 
 
+def run_command() -> NoReturn:
+    """The command by itself: ends at once, where Python would take seconds to tear itself down."""
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command()

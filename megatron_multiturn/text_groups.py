@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from megatron_multiturn.templates import Segment, Special
 
 Text = tuple[str | int, ...]  # literals, and numbers of slots
-_SLOT = re.compile("\ue000([0-9]+)\ue001")
+SLOT = re.compile("\ue000([0-9]+)\ue001")
 
 
 def slot_text(number: int) -> str:
@@ -146,5 +146,5 @@ class _Cutter:
         if not self.has_slots:
             return (text,)
         return tuple(
-            int(item) if index % 2 else item for index, item in enumerate(_SLOT.split(text)) if item
+            int(item) if index % 2 else item for index, item in enumerate(SLOT.split(text)) if item
         )

@@ -1,5 +1,6 @@
 """Engines give the ids of the tokenizer's own library, or are not used."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from session_fixtures import (
     train_sentencepiece,
 )
 
+from megatron_multiturn import engines
 from megatron_multiturn.engines import (
     EncodedTexts,
     GigatokenEngine,
@@ -133,6 +135,21 @@ def test_a_difference_in_the_run_stops_it(byte_level: Vocabulary) -> None:
                 encode_in_two(engine, changed)
         else:
             encode_in_two(engine, changed)
+
+
+def test_memory_that_has_grown_is_given_back(
+    byte_level: Vocabulary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ids stay what they are."""
+    engine = GigatokenEngine(byte_level)
+    backends = []
+    for held in (100, 150, 200, 200, 299, 301, 90, 90, 90, 189, 191):
+        monkeypatch.setattr(engines, "_resident_bytes", lambda held=held: held)
+        monkeypatch.setattr(engines, "_MAX_GROWTH_BYTES", 100)
+        assert lists(engine.encode(["a text"])) == byte_level.encode(["a text"])
+        backends.append(engine._backend)
+    kept = [one is other for one, other in itertools.pairwise(backends)]
+    assert kept == [True, True, True, True, False, True, True, True, True, False]
 
 
 def test_a_model_that_gigatoken_cannot_take(

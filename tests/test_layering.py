@@ -21,7 +21,7 @@ ORDER = (
     *("template_families", "control_tokens", "turn_spans", "template_input"),
     *("append_only", "containment", "sandbox", "renderings"),
     *("rendered_session", "jinja_templates", "vocabulary", "run_encoder"),
-    *("engines", "text_groups", "layouts", "plain_chats", "prompt_variants"),
+    *("engines", "text_groups", "layouts", "message_layouts", "plain_chats", "prompt_variants"),
     *("encoded_sessions", "batch_encoding", "encoding"),
     *("index_file", "manifest", "batch_checks", "spooled_columns", "session_writer"),
     *("held_signals", "encoding_pool", "tally", "unfinished", "journal", "shard_files", "progress"),

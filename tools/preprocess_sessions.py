@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_multiturn.preprocess import main
+from megatron_multiturn.preprocess import run_command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command()
