@@ -105,8 +105,14 @@ class SessionEncoder:
         """Whether the template opens with a BOS that the vocabulary does not have."""
         return self._ids[BOS] is None and self._template.opens_with_bos
 
-    def encode(self, sessions: Sequence[Session | PlainChat]) -> EncodedBatch:
-        """Encode a batch; a session that cannot be encoded is among its errors."""
+    def encode(
+        self, sessions: Sequence[Session | PlainChat], *, stops_at_error: bool = False
+    ) -> EncodedBatch:
+        """Encode a batch; a session that cannot be encoded is among its errors.
+
+        stops_at_error: leave out what follows such a session. A template may take seconds to fail
+        on each.
+        """
         batch = DocumentBatch()
         sources: list[int] = []
         errors: list[tuple[int, SessionError]] = []
@@ -118,6 +124,8 @@ class SessionEncoder:
                     documents = self._add(batch, rephrased)
                 except SessionError as error:
                     errors.append((source, error))
+                    if stops_at_error:
+                        break
                     continue
                 sources += [source] * len(documents)
                 totals["num_rephrased_sessions"] += rephrased is not session

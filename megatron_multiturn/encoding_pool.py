@@ -44,6 +44,7 @@ class Work:
 
     encoder: SessionEncoder
     form: str
+    stops_at_error: bool = False  # if a bad session ends the run, none behind it matters
 
     def encode_block(self, block: Block) -> EncodedBlock:
         sessions: list[Session | PlainChat] = []
@@ -60,7 +61,7 @@ class Work:
             else:
                 records.append(record)
                 numbers.append(number)
-        batch = self.encoder.encode(sessions)
+        batch = self.encoder.encode(sessions, stops_at_error=self.stops_at_error)
         bad += [(numbers[source], records[source], error) for source, error in batch.errors]
         bad.sort(key=lambda entry: entry[0])
         return EncodedBlock(

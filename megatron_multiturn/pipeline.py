@@ -7,6 +7,7 @@ for any number of workers and however often the run was killed.
 
 import contextlib
 import dataclasses
+import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -142,7 +143,11 @@ def check_outputs(job: Job) -> None:
             f"--output-prefix {job.prefix}: is a folder; name the files in it too, for example "
             f"{os.path.join(job.prefix, 'sessions')}"
         )
+    if not os.path.basename(job.prefix):
+        raise ConfigError("--output-prefix is empty; name the files, for example data/sessions")
     for path in all_output_paths(job.prefix):
+        if os.path.isdir(path):
+            raise ConfigError(f"{path}: is a folder; remove it, or choose another --output-prefix")
         if os.path.exists(path):
             if not job.overwrite:
                 raise ConfigError(
@@ -162,7 +167,7 @@ def input_stamps(inputs: Sequence[str]) -> list[list[Any]]:
 def _settings(job: Job, tokenizer: TokenizerIdentity, template: TemplateIdentity) -> dict[str, Any]:
     """All that decides what is written; the values as JSON would give them back."""
     return {
-        **job.flags,
+        **json.loads(json.dumps(job.flags)),  # a tuple comes back as a list
         "--input": input_stamps(job.inputs),
         "--shard": f"{job.shard.index}/{job.shard.count}" if job.shard else None,
         "the tokenizer": list(dataclasses.astuple(tokenizer)),
@@ -195,7 +200,7 @@ def _encode(
     """Read, encode and write the rest of the input; `progress` moves on."""
     parts = cut_shard(job.inputs, job.shard)
     sizes = [part.raw_end - part.raw_begin for part in parts]
-    work = Work(encoder=encoder, form=job.form)
+    work = Work(encoder=encoder, form=job.form, stops_at_error=not job.skip_bad_sessions)
     blocks = _blocks(parts, progress.part, progress.place)
     with contextlib.ExitStack() as stack:
         # The pool forks first: the bar and the journal start threads.

@@ -139,7 +139,8 @@ def _phrasings(path: str) -> tuple[str, ...]:
     try:
         return read_phrasings(path)
     except ConfigError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+        message = str(error).removeprefix("--prompt-variants ")  # argparse names the flag
+        raise argparse.ArgumentTypeError(message) from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

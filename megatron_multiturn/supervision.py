@@ -44,10 +44,11 @@ def select_answers(
         for number, message in enumerate(session.messages)
     )
     if not any(map(learns_something, messages)):
+        other = "other --train-roles" if train_on == "all" else "--train-on all"
         raise SessionError(
             f"{session.location}: --train-on {train_on} leaves no answer of the roles "
             f"{', '.join(sorted(train_roles))}: those it takes are missing, or have train false; "
-            "remove the session, or pass --train-on all",
+            f"remove the session, or pass {other}",
             reason="nothing-to-train",
         )
     return replace(session, messages=messages)

@@ -57,6 +57,8 @@ def build_tokenizer(args: argparse.Namespace) -> Any:
     except Exception as error:  # Megatron and the tokenizer libraries raise of every kind
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         remedy = "pass the model file that SentencePiece wrote"
+        if args.special_tokens and not args.tokenizer_sentencepiece_legacy:
+            remedy = "pass --tokenizer-sentencepiece-legacy too, which adds special tokens to it"
         if args.tokenizer_type == "HuggingFaceTokenizer":
             remedy = "pass a folder that holds tokenizer.json"
             if not os.path.exists(args.tokenizer_model):

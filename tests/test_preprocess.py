@@ -167,6 +167,45 @@ def test_bad_inputs_end_the_run(tmp_path: Path, run: Run) -> None:
         assert outputs(tmp_path) == []
 
 
+def test_a_template_that_never_ends_is_stopped_once(tmp_path: Path, run: Run) -> None:
+    """Each session would take its 5 s, and the first ends the run."""
+    path = write_jsonl(tmp_path / "a.jsonl", [make_record(1)] * 20)
+    endless = tmp_path / "endless.jinja"
+    loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    endless.write_text(loops + "{% for m in messages %}{{ m.content }}{% endfor %}")
+    prefix = str(tmp_path / "out" / "data")
+    command = ["--input", path, "--output-prefix", prefix, "--chat-template", str(endless)]
+    began = time.process_time()
+    assert main([*command, *tokenizer_flags("firefly"), "--workers", "1"]) == 1
+    assert time.process_time() - began < 40
+
+
+def test_remedies_help(tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [make_record(1)])
+    added = ("--tokenizer-special-tokens", "<new>")
+    for flags, message in (
+        (("--output-prefix", ""), "--output-prefix is empty; name the files"),
+        (added, "cannot build .*; pass --tokenizer-sentencepiece-legacy too"),
+        (
+            ("--template", "chatml", *tokenizer_flags("chatml"), "--train-roles", "system"),
+            "no answer of the roles system.*or pass other --train-roles",
+        ),
+    ):
+        code, _, err = run(path, flags=flags)
+        assert code == 1
+        assert re.match(f"error: .*{message}", said(err))
+    assert run(path, flags=(*added, "--tokenizer-sentencepiece-legacy"))[0] == 0
+    (tmp_path / "out" / "data.idx").unlink()
+    (tmp_path / "out" / "data.idx").mkdir()
+    code, _, err = run(path, flags=("--overwrite",))
+    assert code == 1
+    assert re.match("error: .*data.idx: is a folder; remove it", said(err))
+    assert outputs(tmp_path) == ["data.bin", "data.idx", "data.json"]
+    with pytest.raises(SystemExit):
+        run(path, flags=("--prompt-variants", str(tmp_path / "gone")))
+    assert "argument --prompt-variants: /" in capsys.readouterr().err
+
+
 def test_outputs_are_not_overwritten_unasked(tmp_path: Path, run: Run) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [make_record(1), BAD])
     assert run(path, flags=("--on-bad-session", "skip"))[0] == 0
@@ -347,6 +386,27 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, dict[
     assert sorted(made) == [".bin", ".idx", ".json", ".rejected.jsonl"]
     assert len(made[".rejected.jsonl"].splitlines()) == 8
     return folder, source, made
+
+
+def test_a_run_with_phrasings_goes_on(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its settings are the same when they come back from the journal."""
+    path = write_jsonl(tmp_path / "a.jsonl", [make_record(1)])
+    phrasings = tmp_path / "phrasings"
+    phrasings.write_text("what is {query}?\n{query}?\n")
+    flags = ("--prompt-variants", str(phrasings))
+
+    def fail(*_: str) -> None:
+        raise OSError(errno.EIO, "no luck")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("megatron_multiturn.pipeline.place_files", fail)
+        assert run(path, flags=flags)[0] == 1
+    assert outputs(tmp_path) == ["data.unfinished"]
+    code, _, err = run(path, flags=flags)
+    assert code == 0, err
+    assert outputs(tmp_path) == ["data.bin", "data.idx", "data.json"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
