@@ -139,7 +139,7 @@ class DocumentBatch:
         group = layout.groups[number]
         return run_encoder.encode_cut(
             [fill_text(make_fill(piece), contents) for piece in group.pieces],
-            edges_to_left(layout.modes, group.segments),
+            edges_to_left(layout.modes, layout.masked_ends, group.segments),
             goes_on=group.goes_on,
         )
 

@@ -230,6 +230,7 @@ class JinjaTemplate:
                 for answer, turn in zip(spans, turns, strict=True)
                 if turn
             ],
+            gaps=[gap for of_answer in gaps.values() for gap in of_answer],
             message_starts=starts,
             leading_stop=leading_stop,
         )

@@ -25,7 +25,6 @@ from megatron_multiturn.modes import (
     KIND_MASK,
     LEADING_SYSTEM,
     MESSAGE_START,
-    TARGET_CONTINUE,
     WEIGHT_SHIFT,
 )
 from megatron_multiturn.run_encoder import RunEncoder
@@ -42,6 +41,7 @@ class Layout:
     """
 
     modes: NDArray[np.int8]  # (num_segments,)
+    masked_ends: NDArray[np.bool_]  # (num_segments, 2): begins, ends with what is masked
     atom_segments: NDArray[np.int64]  # (num_atoms,)
     atom_constants: NDArray[np.int64]  # (num_atoms, 2) (start, stop) in the pool; (0, 0) for text
     atom_groups: NDArray[np.int64]  # (num_atoms,), -1 for constants
@@ -123,7 +123,10 @@ class LayoutMaker:
         that what is constant is encoded here.
         """
         atoms = cut_groups(segments, id_of=self._id_of, unsafe=self._unsafe, has_slots=has_slots)
-        arrays = _Arrays(np.array([_mode(written, weights) for written in segments], dtype=np.int8))
+        arrays = _Arrays(
+            modes=np.array([_mode(written, weights) for written in segments], dtype=np.int8),
+            masked_ends=np.array([(one.starts_masked, one.ends_masked) for one in segments]),
+        )
         for segment, atom in atoms:
             if isinstance(atom, int):
                 arrays.add_constant(segment, self._pool.span([atom]))
@@ -150,7 +153,7 @@ class LayoutMaker:
             guard_ids = self._run_encoder.encode_constant(guard)
             sides = (group.segments[0], group.segments[0])
             edges = [arrays.add_edge(number, sides, self._pool.span(guard_ids))]
-        to_left = edges_to_left(arrays.modes, group.segments)
+        to_left = edges_to_left(arrays.modes, arrays.masked_ends, group.segments)
         for count, sides in enumerate(pairwise(group.segments), start=1):
             before = (guard, *_join(group.pieces[:count]))
             if encodes_constants and all(isinstance(item, str) for item in before):
@@ -173,6 +176,7 @@ class _Arrays:
     """A layout in the making."""
 
     modes: NDArray[np.int8]
+    masked_ends: NDArray[np.bool_]
     segments: list[int] = field(default_factory=list)
     constants: list[tuple[int, int]] = field(default_factory=list)
     atom_groups: list[int] = field(default_factory=list)
@@ -208,6 +212,7 @@ class _Arrays:
     def layout(self) -> Layout:
         return Layout(
             modes=self.modes,
+            masked_ends=self.masked_ends,
             atom_segments=np.array(self.segments, dtype=np.int64),
             atom_constants=np.array(self.constants, dtype=np.int64).reshape(-1, 2),
             atom_groups=np.array(self.atom_groups, dtype=np.int64),
@@ -229,20 +234,19 @@ class _Arrays:
         self.atom_edges.append(edges)
 
 
-def edges_to_left(modes: NDArray[np.int8], segments: Sequence[int]) -> list[bool]:
+def edges_to_left(
+    modes: NDArray[np.int8], masked_ends: NDArray[np.bool_], segments: Sequence[int]
+) -> list[bool]:
     """For each edge between pieces of a group, whether a token across it is the left piece's.
 
     An answer takes it from its context, a masked gap from its answer, and a message from the one
     before it, since a window may open there. segments: of the pieces.
     """
-    kinds = (modes & KIND_MASK).tolist()
-    is_gap = [
-        kind == CONTEXT and following == TARGET_CONTINUE
-        for kind, following in zip(kinds, [*kinds[1:], CONTEXT], strict=True)
-    ]
+    kinds = (modes[list(segments)] & KIND_MASK).tolist()
+    masked = masked_ends[list(segments)].tolist()
     return [
-        is_gap[left] or (kinds[left] != CONTEXT and not is_gap[right])
-        for left, right in pairwise(segments)
+        masked[index][1] or (kinds[index] != CONTEXT and not masked[index + 1][0])
+        for index in range(len(kinds) - 1)
     ]
 
 

@@ -29,7 +29,7 @@ class MessageLayouts:
         self._made: dict[_Key, Layout] = {}
 
     def make(self, segments: Sequence[Segment]) -> Layout:
-        """The layout of a document; its turns weigh 1."""
+        """The layout of a document; its turns weigh 1, and nothing in them is masked."""
         layouts = []
         slots = []
         for message in _split(segments):
@@ -99,6 +99,7 @@ def _join(layouts: Sequence[Layout], slots: Sequence[Sequence[int]]) -> Layout:
 
     return Layout(
         modes=np.concatenate([layout.modes for layout in layouts]),
+        masked_ends=np.concatenate([layout.masked_ends for layout in layouts]),
         atom_segments=joined("atom_segments", segments),
         atom_constants=joined("atom_constants"),
         atom_groups=joined("atom_groups", groups),

@@ -58,7 +58,7 @@ class RoundTemplate(BuiltInTemplate):
                     reason="role-order",
                 )
             segments += self._question(number, system, question)
-            segments += group_parts(self._answer(message), leading=False, weight=message.weight)
+            segments += group_parts(self._answer(message), leading=False, answer=message)
             number, system, question = number + 1, "", []
         if question:
             segments += self._question(number, system, question)

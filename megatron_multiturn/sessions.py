@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 # What templates are given anyway.
-_RESERVED_VARIABLES = ("messages", "tools", "add_generation_prompt", "continue_final_message")
+RESERVED_VARIABLES = ("messages", "tools", "add_generation_prompt", "continue_final_message")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,7 +181,7 @@ def _template_variables(value: dict[str, Any], location: str) -> dict[str, Any]:
             f"{what} is {show(variables)}; it must be an object of variables, or its JSON text",
             reason="wrong-template-variables",
         )
-    for name in _RESERVED_VARIABLES:
+    for name in RESERVED_VARIABLES:
         if name in variables:
             raise SessionError(
                 f"{what} sets {name!r}, which every template is given; remove it",

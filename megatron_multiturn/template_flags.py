@@ -14,6 +14,7 @@ from megatron_multiturn.jinja_templates import (
     JinjaOptions,
     JinjaTemplate,
 )
+from megatron_multiturn.sessions import RESERVED_VARIABLES
 from megatron_multiturn.template_families import TEMPLATES
 from megatron_multiturn.templates import ChatTemplate
 from megatron_multiturn.vocabulary import Vocabulary
@@ -74,6 +75,7 @@ def build_template(
     tokenizer: Megatron's, whose own chat template may be asked for.
     """
     if args.template is not None:
+        _refuse_flags_of_chat_templates(args)
         return TEMPLATES[args.template]
     source = args.jinja_template
     text = _own_template(tokenizer) if source == _OF_TOKENIZER else _read(source)
@@ -90,6 +92,20 @@ def build_template(
         named_tokens=vocabulary.named_tokens(),
         options=options,
     )
+
+
+def _refuse_flags_of_chat_templates(args: argparse.Namespace) -> None:
+    given = {
+        "--history-rewriting": args.history_rewriting != HISTORY_REWRITING[0],
+        "--generation-markers": args.generation_markers != MARKERS[0],
+        "--template-variables": args.template_variables is not None,
+    }
+    for flag, is_given in given.items():
+        if is_given:
+            raise ConfigError(
+                f"{flag}: has no effect on the built-in template {args.template!r}; pass "
+                "--chat-template, or leave it out"
+            )
 
 
 def _own_template(tokenizer: Any) -> str:
@@ -133,6 +149,11 @@ def _variables(text: str | None) -> dict[str, Any]:
         raise ConfigError(f"--template-variables: not JSON ({error}); pass an object") from None
     if not isinstance(value, dict):
         raise ConfigError(f"--template-variables {text}: must be a JSON object")
+    for name in RESERVED_VARIABLES:
+        if name in value:
+            raise ConfigError(
+                f"--template-variables sets {name!r}, which every template is given; remove it"
+            )
     return value
 
 

@@ -15,7 +15,7 @@ of a long session. A `<s>` is left out if the vocabulary has none.
 import hashlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 from megatron_multiturn.errors import SessionError
@@ -48,6 +48,9 @@ class Segment:
     starts_message: bool = False  # context that begins a message: a window may open here
     leading_system: bool = False  # context that every window of a long session begins with
     weight: float = 1.0  # of the turn, if it is a target
+    # Of context: whether it begins, and ends, with what is masked inside an answer.
+    starts_masked: bool = False
+    ends_masked: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,7 +168,7 @@ class Template(BuiltInTemplate):
         for message, following in zip(session.messages, (*session.messages[1:], None), strict=True):
             leading = leading and message.role == "system"
             segments += group_parts(
-                self.render_message(message, following), leading=leading, weight=message.weight
+                self.render_message(message, following), leading=leading, answer=message
             )
         return segments
 
@@ -179,8 +182,10 @@ def rendering_text(segments: tuple[Segment, ...]) -> str:
     )
 
 
-def group_parts(parts: MessageParts, *, leading: bool, weight: float = 1.0) -> list[Segment]:
-    """Group one message's parts into segments.
+def group_parts(
+    parts: MessageParts, *, leading: bool, answer: Message | None = None
+) -> list[Segment]:
+    """Group one message's parts into segments; answer: the message, if it can be one.
 
     [("a", True), ("b", False), ("c", True), (EOS, True)] becomes TARGET_BEGIN a, CONTEXT b,
     TARGET_CONTINUE c EOS.
@@ -195,6 +200,7 @@ def group_parts(parts: MessageParts, *, leading: bool, weight: float = 1.0) -> l
         run = tuple(part for part, _ in parts[start:stop])
         if trained:
             kind = TARGET_CONTINUE if has_turn else TARGET_BEGIN
+            weight = 1.0 if answer is None else answer.weight
             segments.append(Segment(kind=kind, parts=run, weight=weight))
             has_turn = True
         else:
@@ -202,7 +208,31 @@ def group_parts(parts: MessageParts, *, leading: bool, weight: float = 1.0) -> l
                 Segment(kind=CONTEXT, parts=run, starts_message=start == 0, leading_system=leading)
             )
         start = stop
-    return segments
+    return segments if answer is None or not answer.masked else _mark_gaps(segments, answer)
+
+
+def _mark_gaps(segments: list[Segment], answer: Message) -> list[Segment]:
+    """The segments of an answer, the context on either side of a target marked where it is masked.
+
+    Between two targets it always is; before the first and behind the last it is if the mask
+    reaches to the content's head or end.
+    """
+    targets = [index for index, segment in enumerate(segments) if segment.kind != CONTEXT]
+    if not targets:
+        return segments
+    masks_head = answer.masked[0][0] == 0
+    masks_end = answer.masked[-1][1] == len(answer.content)
+    marked = list(segments)
+    for index, segment in enumerate(segments):
+        if segment.kind != CONTEXT:
+            continue
+        is_head, is_end = index < targets[0], index > targets[-1]
+        marked[index] = replace(
+            segment,
+            starts_masked=not is_head and (masks_end or not is_end),
+            ends_masked=not is_end and (masks_head or not is_head),
+        )
+    return marked
 
 
 def render_plain(session: Session) -> tuple[Segment, ...]:
@@ -210,7 +240,7 @@ def render_plain(session: Session) -> tuple[Segment, ...]:
     (message,) = session.messages
     return (
         Segment(kind=CONTEXT, parts=(BOS,), starts_message=True),
-        *group_parts(closed_runs(message.runs(), EOS), leading=False, weight=message.weight),
+        *group_parts(closed_runs(message.runs(), EOS), leading=False, answer=message),
     )
 
 

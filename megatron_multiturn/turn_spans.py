@@ -21,6 +21,7 @@ class RenderedText:
     tokens: list[TokenSpan]  # the control tokens that the template wrote, in order
     turns: list[list[Span]]  # the spans of each turn, all in order, none empty
     turn_weights: list[float]  # of each turn
+    gaps: list[Span]  # what is masked inside answers
     message_starts: list[int]  # where windows may open
     leading_stop: int  # up to here every window of a long session repeats it
 
@@ -92,6 +93,8 @@ def cut_segments(rendered: RenderedText) -> tuple[Segment, ...]:
                     parts=tuple(parts),
                     starts_message=start in starts,
                     leading_system=stop <= leading_stop,
+                    starts_masked=any(begin <= start < end for begin, end in rendered.gaps),
+                    ends_masked=any(begin < stop <= end for begin, end in rendered.gaps),
                 )
             )
     return tuple(segments)

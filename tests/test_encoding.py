@@ -15,12 +15,14 @@ from session_fixtures import (
     train_hugging_face,
     train_sentencepiece,
 )
+from template_jobs import jinja_template
 
 from megatron_multiturn.encoding import EncodedSession, SessionEncoder
 from megatron_multiturn.errors import ConfigError
 from megatron_multiturn.messages import Message
 from megatron_multiturn.modes import (
     CONTEXT,
+    KIND_MASK,
     LEADING_SYSTEM,
     MESSAGE_START,
     TARGET_BEGIN,
@@ -228,6 +230,45 @@ def test_an_edge_inside_a_token_is_counted(hugging_face_tokenizer: Any) -> None:
         [Session(messages=(gap,), location="x:1"), make_session(1)]
     )
     assert batch.totals["num_recut_sessions"] == 1
+
+
+@pytest.mark.parametrize("is_jinja", [False, True])
+def test_what_is_masked_gets_the_tokens_across_its_edges(
+    hugging_face_tokenizer: Any, is_jinja: bool
+) -> None:
+    """At the head and the end of an answer as inside it: nothing masked is ever learnt."""
+    vocabulary = open_vocabulary(hugging_face_tokenizer)
+    word = next(w for w in ("mountain", "tallest", "metres") if one_token(vocabulary, " " + w))
+    template: Any = TEMPLATES["chatml"]
+    if is_jinja:
+        template = jinja_template(CHATML_PROMPTED, vocabulary)
+    encoder = SessionEncoder(template, vocabulary)
+    size = len(word)
+    for content, masked, learnt in (
+        (f"the {word}", (6, 4 + size), "the"),
+        (f" {word} is", (0, 3), " is"),
+        (f"the {word} is", (6, 8), "the is"),
+        (f"the {word} is", (4, 6), "the is"),
+    ):
+        gap = Message(role="assistant", content=content, masked=(masked,))
+        session = Session(messages=(Message(role="user", content="q"), gap), location="x:1")
+        encoded = encoder.encode([session]).session(0)
+        targets = [
+            text
+            for text, mode in zip(vocabulary.decode(cut(encoded)), encoded.modes, strict=True)
+            if mode & KIND_MASK
+        ]
+        assert "".join(targets).replace("<|im_end|>", "").removesuffix("\n") == learnt
+
+
+def one_token(vocabulary: Any, text: str) -> bool:
+    return len(vocabulary.encode([text])[0]) == 1
+
+
+CHATML_PROMPTED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 def test_what_is_unknown_on_both_sides_of_an_edge_is_the_answers(tmp_path: Path) -> None:

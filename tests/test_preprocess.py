@@ -306,7 +306,8 @@ def test_an_error_in_a_worker_comes_out_as_it_is(
 
 # The command with a tokenizer of characters, which takes its time over each chunk.
 SLOW_COMMAND = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 from megatron_multiturn import encoding_pool, journal, pipeline, preprocess, records
 from megatron_multiturn.vocabulary import TokenizerIdentity
 

@@ -54,6 +54,26 @@ def test_a_template_of_a_file(template_file: str) -> None:
     assert template.name == "made.jinja"
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--history-rewriting", "last"),
+        ("--generation-markers", "verbatim"),
+        ("--template-variables", "{}"),
+    ],
+)
+def test_flags_without_effect_are_refused(flags: tuple[str, str]) -> None:
+    with pytest.raises(
+        ConfigError, match=f"^{flags[0]}: has no effect on the built-in .* 'chatml'"
+    ):
+        built("--template", "chatml", *flags)
+
+
+def test_variables_that_all_templates_are_given_are_refused(template_file: str) -> None:
+    with pytest.raises(ConfigError, match="--template-variables sets 'messages'"):
+        built("--chat-template", template_file, "--template-variables", '{"messages": []}')
+
+
 @pytest.mark.parametrize("own", [UNMARKED, {"default": UNMARKED, "tool_use": "x"}])
 def test_the_tokenizers_own_template(own: Any, template_file: str) -> None:
     template = built("--chat-template", "tokenizer", own=own)
