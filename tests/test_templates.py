@@ -15,8 +15,16 @@ FIREFLY = TEMPLATES["firefly"]
 CHATML = TEMPLATES["chatml"]
 
 
-def context(*parts: Part, starts: bool = False, leading: bool = False) -> Segment:
-    return Segment(kind=CONTEXT, parts=parts, starts_message=starts, leading_system=leading)
+def context(*parts: Part, starts: bool = False, leading: bool = False, masked: str = "") -> Segment:
+    """masked: "head", "end" or "head end", where it is what is masked of an answer."""
+    return Segment(
+        kind=CONTEXT,
+        parts=parts,
+        starts_message=starts,
+        leading_system=leading,
+        starts_masked="head" in masked,
+        ends_masked="end" in masked,
+    )
 
 
 def begin(*parts: Part) -> Segment:
@@ -85,13 +93,19 @@ OPENING = context(BOS, leading=True)
                 OPENING,
                 context("i", EOS, starts=True),
                 begin("a"),
-                context("b"),
+                context("b", masked="head end"),
                 go_on("c", EOS),
             ],
         ),
         (
             session(answer("ab", (0, 1)), answer("cd", (1, 2))),
-            [OPENING, context("a", starts=True), begin("b", EOS), begin("c"), context("d", EOS)],
+            [
+                OPENING,
+                context("a", starts=True, masked="end"),
+                begin("b", EOS),
+                begin("c"),
+                context("d", EOS, masked="head"),
+            ],
         ),
         (session(answer("text"), plain=True), [context(BOS, starts=True), begin("text", EOS)]),
     ],
@@ -118,7 +132,7 @@ def test_firefly(given: Session, expected: list[Segment]) -> None:
             [
                 context(IM_START, "assistant\n", starts=True),
                 begin("a"),
-                context("b"),
+                context("b", masked="head end"),
                 go_on("c", IM_END),
                 context("\n"),
                 context(IM_START, "assistant\n", "d", IM_END, "\n", starts=True),
@@ -127,7 +141,7 @@ def test_firefly(given: Session, expected: list[Segment]) -> None:
         (
             session(answer("ab", (0, 1))),
             [
-                context(IM_START, "assistant\n", "a", starts=True),
+                context(IM_START, "assistant\n", "a", starts=True, masked="end"),
                 begin("b", IM_END),
                 context("\n"),
             ],
