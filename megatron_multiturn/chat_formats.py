@@ -20,6 +20,7 @@ from megatron_multiturn.fields import (
     filled,
     json_field,
     optional_text,
+    present_key,
     refuse_keys,
     show,
     show_keys,
@@ -152,13 +153,7 @@ def _check_xtuner_ending(entry: dict[str, Any], where: str) -> None:
 
 def _list_at(value: dict[str, Any], keys: tuple[str, ...], location: str) -> list[Any]:
     """The list at the first of the keys that is there; not empty."""
-    key = next((key for key in keys if value.get(key) is not None), None)
-    if key is None:
-        raise SessionError(
-            f"{location}: no messages: {' or '.join(map(repr, keys))} is missing, the record has "
-            f"{show_keys(value)}; name the right --format, or leave it at auto",
-            reason="no-messages",
-        )
+    key = present_key(value, keys, location)
     entries = value[key]
     if not isinstance(entries, list):
         raise wrong_type(location, repr(key), "a list of messages", entries)

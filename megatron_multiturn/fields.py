@@ -40,6 +40,18 @@ def is_blank(value: Any) -> bool:
     return not value or (isinstance(value, str) and value.strip() in ("", "[]", "{}", "null"))
 
 
+def present_key(value: dict[str, Any], keys: tuple[str, ...], location: str) -> str:
+    """The first of the keys that the record has; SessionError if it has none."""
+    key = next((key for key in keys if value.get(key) is not None), None)
+    if key is None:
+        raise SessionError(
+            f"{location}: no messages: {' or '.join(map(repr, keys))} is missing, the record has "
+            f"{show_keys(value)}; name the right --format, or leave it at auto",
+            reason="no-messages",
+        )
+    return key
+
+
 def content_of(entry: dict[str, Any], key: str, where: str) -> str:
     """The text at `key`, which must be there and hold more than white space."""
     if entry.get(key) is None:

@@ -22,8 +22,8 @@ from megatron_multiturn.fields import (
     content_of,
     filled,
     optional_text,
+    present_key,
     show,
-    show_keys,
     text_of,
     wrong_type,
 )
@@ -114,12 +114,12 @@ def qa(value: dict[str, Any], location: str) -> Parsed:
     messages = _opening(value, location)
     if value.get("title") is not None:
         question = _titled_question(value, location)
-        answer_key = _present(value, ("content", *_ANSWER_KEYS), location)
+        answer_key = present_key(value, ("content", *_ANSWER_KEYS), location)
     else:
-        question = content_of(value, _present(value, _QUESTION_KEYS, location), location)
+        question = content_of(value, present_key(value, _QUESTION_KEYS, location), location)
         more = optional_text(value, "input", location)
         question = f"{question}\n{more}" if more else question
-        answer_key = _present(value, _ANSWER_KEYS, location)
+        answer_key = present_key(value, _ANSWER_KEYS, location)
     answer = content_of(value, answer_key, location)
     messages.append(Message(role="user", content=question))
     messages.append(Message(role="assistant", content=answer))
@@ -176,17 +176,6 @@ def _opening(value: dict[str, Any], location: str) -> list[Message]:
         messages.append(Message(role="user", content=question))
         messages.append(Message(role="assistant", content=answer, train=train, weight=weight))
     return messages
-
-
-def _present(value: dict[str, Any], keys: tuple[str, ...], location: str) -> str:
-    key = next((key for key in keys if value.get(key) is not None), None)
-    if key is None:
-        raise SessionError(
-            f"{location}: no messages: {' or '.join(map(repr, keys))} is missing, the record has "
-            f"{show_keys(value)}; name the right --format, or leave it at auto",
-            reason="no-messages",
-        )
-    return key
 
 
 def _is_belle(instruction: Any) -> bool:

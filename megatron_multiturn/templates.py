@@ -13,6 +13,7 @@ of a long session. A `<s>` is left out if the vocabulary has none.
 """
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -110,7 +111,7 @@ RenderMessage = Callable[[Message, Message | None], MessageParts]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BuiltInTemplate:
+class BuiltInTemplate(ABC):
     """What message and round templates share."""
 
     name: str
@@ -145,9 +146,9 @@ class BuiltInTemplate:
         refuse_unwritten(session, self.name)
         return _with_opening(self.opening, self.write(session))
 
+    @abstractmethod
     def write(self, session: Session) -> list[Segment]:
         """The segments of a chat, without the opening."""
-        raise NotImplementedError
 
     def _probed(self, probe: Session) -> object:
         try:
