@@ -71,7 +71,7 @@ class SentencePieceVocabulary:
         self.bos_id = self._own_or("bos_token", wrapper, self._processor.bos_id())
         self.eos_id = self._own_or("eos_token", wrapper, self._processor.eos_id())
         self.unknown_id = _id_or_none(self._processor.unk_id())
-        if wrapper.removed_extra_spaces and not wrapper.ignore_extra_whitespaces:
+        if not wrapper.ignore_extra_whitespaces and wrapper.removed_extra_spaces:
             raise ConfigError(
                 "the tokenizer is told to keep extra white space that its model removes, which "
                 "only Megatron's wrapper can do, one text a call; leave out "
@@ -249,10 +249,8 @@ def tokenizer_fingerprint(tokenizer: Any, tokenizer_type: str) -> TokenizerIdent
     else:
         pieces = [(tokenizer.vocab_size, type(wrapper).__name__)]
         special = []
-    digest = hashlib.sha256()
-    for index, piece in pieces:
-        digest.update(f"{index}\t{piece}\0".encode("utf-8", "surrogatepass"))
-    digest.update(repr(special).encode())
+    content = "".join([f"{index}\t{piece}\0" for index, piece in pieces]) + repr(special)
+    digest = hashlib.sha256(content.encode("utf-8", "surrogatepass"))
     return TokenizerIdentity(
         type=tokenizer_type,
         vocab_size=int(tokenizer.vocab_size),

@@ -37,7 +37,15 @@ ORDER = (
     *("selfcheck_flags", "selfcheck_hooks", "selfcheck_ranks", "selfcheck_report"),
     *("selfcheck_reference", "selfcheck_job", "selfcheck"),
     *("decoding", "row_view", "dataset_statistics"),
-    *("tokenizer_flags", "template_flags", "pipeline", "merge", "dry_run", "preprocess"),
+    *(
+        "library_tokenizers",
+        "tokenizer_flags",
+        "template_flags",
+        "pipeline",
+        "merge",
+        "dry_run",
+        "preprocess",
+    ),
     "inspection",
     *("demo_corpus", "demo_report", "demo"),
 )

@@ -157,7 +157,11 @@ def test_bad_inputs_end_the_run(tmp_path: Path, run: Run) -> None:
         (only_bad, ("--on-bad-session", "skip"), "all 2 sessions were rejected.*bad.jsonl:1"),
         (only_bad, ("--workers", "0"), "--workers 0: at least one"),
         (only_bad, ("--tokenizer-model", "gone.model"), "--tokenizer-model gone.model: no such"),
-        (only_bad, ("--tokenizer-model", str(broken)), "Megatron cannot build the SentencePiece"),
+        (
+            only_bad,
+            ("--tokenizer-model", str(broken)),
+            "the SentencePieceTokenizer of ",
+        ),
         (only_bad, ("--template", "chatml", *tokenizer_flags("firefly")), "bad.jsonl:1: no assis"),
     ):
         code, _, err = run(path, flags=flags)
@@ -185,7 +189,7 @@ def test_remedies_help(tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[s
     added = ("--tokenizer-special-tokens", "<new>")
     for flags, message in (
         (("--output-prefix", ""), "--output-prefix is empty; name the files"),
-        (added, "cannot build .*; pass --tokenizer-sentencepiece-legacy too"),
+        (added, "cannot be built: .*; pass --tokenizer-sentencepiece-legacy too"),
         (
             ("--template", "chatml", *tokenizer_flags("chatml"), "--train-roles", "system"),
             "no answer of the roles system.*or pass other --train-roles",
@@ -330,7 +334,7 @@ class SlowWork(encoding_pool.Work):
 pipeline.Work = SlowWork
 records._BLOCK_BYTES = 300
 journal._JOURNAL_SECONDS = 0.1
-preprocess.build_tokenizer = lambda args: None
+preprocess.build_tokenizer = lambda args, **_: None
 preprocess.open_vocabulary = lambda tokenizer: Characters()
 preprocess.tokenizer_fingerprint = lambda tokenizer, kind: TokenizerIdentity(
     type=kind, vocab_size=Characters.size, content_hash="x"
@@ -629,7 +633,7 @@ def test_the_first_line_comes_before_anything_heavy(tmp_path: Path) -> None:
     code = (
         "import sys\n"
         "from megatron_multiturn import preprocess\n"
-        "def heavy(args):\n"
+        "def heavy(args, **_):\n"
         "    names = ('torch', 'transformers', 'megatron', 'pyarrow', 'sentencepiece')\n"
         "    sys.exit(' '.join(name for name in names if name in sys.modules) or 77)\n"
         "preprocess.build_tokenizer = heavy\n"
