@@ -11,7 +11,9 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from megatron_multiturn.encoding import EncodedBatch, SessionEncoder
 from megatron_multiturn.errors import MultiTurnError, SessionError
@@ -65,7 +67,7 @@ class Work:
         bad += [(numbers[source], records[source], error) for source, error in batch.errors]
         bad.sort(key=lambda entry: entry[0])
         return EncodedBlock(
-            batch=batch,
+            batch=_narrowed(batch),
             locations=[records[source].location for source in batch.sources.tolist()],
             rejected=[(record.location, error) for _, record, error in bad],
             rejected_lines=b"".join(rejected_line(record, error) for _, record, error in bad),
@@ -114,7 +116,6 @@ def encode_blocks[Tag](
             yield tag, block, work.encode_block(block)
         return
     # What is there already is not looked through in the workers, which would copy its pages.
-    gc.collect()
     gc.freeze()
     with HeldSignals() as signals:
         pool = ProcessPoolExecutor(
@@ -177,3 +178,11 @@ def _end_with_parent(parent: int) -> None:
 def _encode_in_worker(block: Block) -> EncodedBlock:
     assert _worker_work is not None
     return _worker_work.encode_block(block)
+
+
+def _narrowed(batch: EncodedBatch) -> EncodedBatch:
+    """The batch in half as many bytes, if its ids allow it: it may have to be sent."""
+    tokens = batch.tokens
+    if not len(tokens) or tokens.min() < 0 or tokens.max() > np.iinfo(np.uint16).max:
+        return batch
+    return replace(batch, tokens=tokens.astype(np.uint16))

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -197,13 +198,16 @@ def _run(args: argparse.Namespace, owns_process: bool) -> None:
         if not is_placing(run):
             check_outputs(job)
         _announce(job)
-        encoder, tokenizer = _build_encoder(args, job, owns_process)
+        tokenizer = build_tokenizer(args, hides_torch=owns_process)
+        with ThreadPoolExecutor(1) as thread:  # it is gone before processes are forked
+            identity = thread.submit(tokenizer_fingerprint, tokenizer, args.tokenizer_type)
+            encoder = _build_encoder(args, job, tokenizer)
         template = encoder.template
         summary = preprocess_sessions(
             job,
             encoder,
             run,
-            tokenizer=tokenizer_fingerprint(tokenizer, args.tokenizer_type),
+            tokenizer=identity.result(),
             template=TemplateIdentity(name=template.name, content_hash=template.content_hash),
         )
     table = format_table(
@@ -224,7 +228,8 @@ def _show(args: argparse.Namespace, owns_process: bool) -> None:
         raise ConfigError(f"--dry-run {args.dry_run}: show at least 1 session")
     job = _job_of(args)
     _announce(job)
-    encoder, tokenizer = _build_encoder(args, job, owns_process)
+    tokenizer = build_tokenizer(args, hides_torch=owns_process)
+    encoder = _build_encoder(args, job, tokenizer)
     blocks = show_sessions(
         cut_shard(job.inputs, job.shard),
         args.dry_run,
@@ -277,11 +282,7 @@ def _announce(job: Job) -> None:
     print(f"preprocess: {what}; loading the tokenizer", file=sys.stderr, flush=True)
 
 
-def _build_encoder(
-    args: argparse.Namespace, job: Job, owns_process: bool
-) -> tuple[SessionEncoder, Any]:
-    """The encoder, and its tokenizer."""
-    tokenizer = build_tokenizer(args, hides_torch=owns_process)
+def _build_encoder(args: argparse.Namespace, job: Job, tokenizer: Any) -> SessionEncoder:
     vocabulary = open_vocabulary(tokenizer)
     template = build_template(args, vocabulary, tokenizer)
     engine, note = choose_engine(
@@ -289,7 +290,7 @@ def _build_encoder(
     )
     if note:
         print(f"preprocess: {note}", file=sys.stderr, flush=True)
-    encoder = SessionEncoder(
+    return SessionEncoder(
         template,
         vocabulary,
         engine=engine,
@@ -298,7 +299,6 @@ def _build_encoder(
         prompt_variants=args.prompt_variants and PromptVariants(args.prompt_variants, args.seed),
         literal_control_tokens=args.literal_control_tokens,
     )
-    return encoder, tokenizer
 
 
 def run_command() -> NoReturn:

@@ -24,7 +24,14 @@ ORDER = (
     *("engines", "text_groups", "layouts", "message_layouts", "layout_columns"),
     *("plain_chats", "prompt_variants"),
     *("encoded_sessions", "batch_encoding", "encoding"),
-    *("index_file", "manifest", "batch_checks", "spooled_columns", "session_writer"),
+    *(
+        "index_file",
+        "manifest",
+        "input_hashes",
+        "batch_checks",
+        "spooled_columns",
+        "session_writer",
+    ),
     *("held_signals", "encoding_pool", "tally", "unfinished", "journal", "shard_files", "progress"),
     # dataset -> rows -> training
     *("shared_files", "object_storage", "row_pieces", "token_reader", "store"),

@@ -311,6 +311,7 @@ def test_an_error_in_a_worker_comes_out_as_it_is(
 # The command with a tokenizer of characters, which takes its time over each chunk.
 SLOW_COMMAND = """
 import signal, sys, time
+import numpy as np
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 from megatron_multiturn import encoding_pool, journal, pipeline, preprocess, records
 from megatron_multiturn.vocabulary import TokenizerIdentity
@@ -319,8 +320,13 @@ class Characters:
     size, bos_id, eos_id, unknown_id = 0x110000, 1, 2, None
     def encode(self, texts):
         return [[ord(character) for character in text] for text in texts]
+    def encode_flat(self, texts):
+        lengths = [len(text) for text in texts]
+        return np.array(list(map(ord, "".join(texts))), dtype=np.int32), lengths
     def decode(self, ids):
         return ["".join(map(chr, one)) for one in ids]
+    def decode_flat(self, ids):
+        return "".join(map(chr, ids.tolist()))
     def literal_of(self, token_id):
         return chr(0x100000 + token_id)
     def control_tokens(self):
