@@ -100,6 +100,10 @@ class SessionEncoder:
         return self._template
 
     @property
+    def engine(self) -> Engine:
+        return self._engine
+
+    @property
     def omits_bos(self) -> bool:
         """Whether the template opens with a BOS that the vocabulary does not have."""
         return self._ids[BOS] is None and self._template.opens_with_bos

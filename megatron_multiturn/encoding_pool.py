@@ -4,9 +4,8 @@ import gc
 import json
 import multiprocessing
 import os
+import pickle
 import signal
-import threading
-import time
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
@@ -21,10 +20,10 @@ from megatron_multiturn.held_signals import HeldSignals
 from megatron_multiturn.plain_chats import PlainChat, read_plain_chat
 from megatron_multiturn.record_blocks import Block, RawRecord
 from megatron_multiturn.records import read_records
+from megatron_multiturn.renewed_process import RenewedProcess, watch_parent
 from megatron_multiturn.sessions import Session, parse_session
 
 _BLOCKS_PER_WORKER = 4
-_PARENT_CHECK_SECONDS = 1.0
 _SIGNAL_SECONDS = 0.2  # after which one acts
 _SAMPLED_FILES = 16
 _SAMPLED_BYTES = 1 << 19
@@ -126,7 +125,7 @@ def encode_blocks[Tag](
             initargs=(work, os.getpid()),
         )
         try:
-            pending: deque[tuple[Tag, Block, Future[EncodedBlock]]] = deque()
+            pending: deque[tuple[Tag, Block, Future[bytes]]] = deque()
             for tag, block in blocks:
                 pending.append((tag, block, pool.submit(_encode_in_worker, block)))
                 if len(pending) >= num_workers * _BLOCKS_PER_WORKER:
@@ -145,39 +144,35 @@ def encode_blocks[Tag](
 
 
 def _take[Tag](
-    pending: deque[tuple[Tag, Block, Future[EncodedBlock]]], signals: HeldSignals
+    pending: deque[tuple[Tag, Block, Future[bytes]]], signals: HeldSignals
 ) -> tuple[Tag, Block, EncodedBlock]:
     tag, block, future = pending.popleft()
     signals.release()
     while not future.done():
         wait([future], timeout=_SIGNAL_SECONDS)
         signals.release()
-    return tag, block, future.result()
+    return tag, block, pickle.loads(future.result())
 
 
-_worker_work: Work | None = None
+_worker: RenewedProcess | None = None
 
 
 def _start_worker(work: Work, parent: int) -> None:
-    global _worker_work
-    _worker_work = work
+    global _worker
+    engine = work.encoder.engine
+    engine.renews = False
+    _worker = RenewedProcess(work.encode_block, engine.has_grown)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     # The parent cleans up on either signal, and ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
+    watch_parent(parent)
 
 
-def _end_with_parent(parent: int) -> None:
-    """A killed parent cannot end its workers, which would wait for work for ever."""
-    while os.getppid() == parent:
-        time.sleep(_PARENT_CHECK_SECONDS)
-    os._exit(1)
-
-
-def _encode_in_worker(block: Block) -> EncodedBlock:
-    assert _worker_work is not None
-    return _worker_work.encode_block(block)
+def _encode_in_worker(block: Block) -> bytes:
+    """The EncodedBlock, pickled."""
+    assert _worker is not None
+    return _worker.call(block)
 
 
 def _narrowed(batch: EncodedBatch) -> EncodedBatch:

@@ -63,6 +63,8 @@ class EncodedTexts:
 class Engine(Protocol):
     """Encodes texts, with no special token added and none read out of them."""
 
+    renews: bool  # whether it sees to it itself that its memory has a bound
+
     @property
     def name(self) -> str:
         """As the flag calls it."""
@@ -73,6 +75,9 @@ class Engine(Protocol):
     def find_lossy(self, texts: Sequence[str], encoded: EncodedTexts) -> NDArray[np.bool_]:
         """Which of the texts do not come back when their ids are decoded; (num_texts,)."""
 
+    def has_grown(self) -> bool:
+        """Whether it takes too much more memory than when this process began with it."""
+
 
 class ReferenceEngine:
     """The tokenizer's own library."""
@@ -80,6 +85,7 @@ class ReferenceEngine:
     name = "reference"
 
     def __init__(self, vocabulary: Vocabulary) -> None:
+        self.renews = True
         self._vocabulary = vocabulary
         self._joint: str | None = None  # what it writes between two texts
 
@@ -96,6 +102,9 @@ class ReferenceEngine:
             return np.zeros(len(texts), dtype=np.bool_)
         return _find_lossy(self._vocabulary, texts, encoded)
 
+    def has_grown(self) -> bool:
+        return False
+
 
 class GigatokenEngine:
     """gigatoken, on this thread alone; `check_interval` texts apart it is compared."""
@@ -104,6 +113,7 @@ class GigatokenEngine:
 
     def __init__(self, vocabulary: Vocabulary, *, check_interval: int = _CHECK_INTERVAL) -> None:
         """Raises ConfigError if it cannot take this tokenizer, or reads it otherwise."""
+        self.renews = True
         self._vocabulary = vocabulary
         self._check_interval = check_interval
         self._num_texts = 0
@@ -119,7 +129,10 @@ class GigatokenEngine:
 
     def encode(self, texts: Sequence[str]) -> EncodedTexts:
         """Raises ConfigError if a text that is compared has other ids."""
-        self._renew_if_grown()
+        if self.renews and self.has_grown():
+            self._backend = None  # the old one goes before the new one comes
+            self._backend = _load_backend(self._description)
+            self._num_calls = 0
         encoded = self._encode(texts)
         if self._unlike.occur_in("\n".join(texts)):
             held = [i for i, text in enumerate(texts) if self._unlike.find(text)]
@@ -141,11 +154,8 @@ class GigatokenEngine:
             return np.zeros(len(texts), dtype=np.bool_)
         return _find_lossy(self._vocabulary, texts, encoded)
 
-    def _decode(self, encoded: EncodedTexts) -> bytes:
-        return bytes(self._backend.decode(encoded.ids.view(np.uint32)))
-
-    def _renew_if_grown(self) -> None:
-        """Load the backend anew when it has grown too far: it keeps all texts between two spaces.
+    def has_grown(self) -> bool:
+        """Asked once a call: the backend keeps all texts between two spaces.
 
         In a language that puts few spaces nearly all of them are new.
         """
@@ -154,10 +164,10 @@ class GigatokenEngine:
         self._num_calls += 1
         if self._num_calls <= _FIRST_CALLS:  # by then all else has been in memory once
             self._held_bytes = _resident_bytes()
-        elif _resident_bytes() - self._held_bytes > _MAX_GROWTH_BYTES:
-            self._backend = None  # the old one goes before the new one comes
-            self._backend = _load_backend(self._description)
-            self._num_calls = 0
+        return _resident_bytes() - self._held_bytes > _MAX_GROWTH_BYTES
+
+    def _decode(self, encoded: EncodedTexts) -> bytes:
+        return bytes(self._backend.decode(encoded.ids.view(np.uint32)))
 
     def _encode(self, texts: Sequence[str]) -> EncodedTexts:
         layout = self._backend.encode_batch(list(texts), parallel=False).layout

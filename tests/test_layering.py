@@ -32,7 +32,16 @@ ORDER = (
         "spooled_columns",
         "session_writer",
     ),
-    *("held_signals", "encoding_pool", "tally", "unfinished", "journal", "shard_files", "progress"),
+    *(
+        "held_signals",
+        "renewed_process",
+        "encoding_pool",
+        "tally",
+        "unfinished",
+        "journal",
+        "shard_files",
+        "progress",
+    ),
     # dataset -> rows -> training
     *("shared_files", "object_storage", "row_pieces", "token_reader", "store"),
     *("targets", "cutting", "windows", "packing", "averages", "samples", "plan_cache", "dataset"),
