@@ -22,7 +22,7 @@ from megatron_multiturn.vocabulary import Vocabulary
 ENGINES = ("auto", "gigatoken", "reference")
 
 # What the process may grow by before what gigatoken remembers is thrown away.
-_MAX_GROWTH_BYTES = 80 << 20
+_MAX_GROWTH_BYTES = 64 << 20
 _FIRST_CALLS = 3
 # One text of so many is compared throughout a run.
 _CHECK_INTERVAL = 1024
