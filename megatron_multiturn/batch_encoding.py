@@ -7,10 +7,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_multiturn.engines import Engine
+from megatron_multiturn.layout_columns import LayoutColumns, ragged_positions
 from megatron_multiturn.layouts import Layout, edges_to_left
-from megatron_multiturn.modes import CONTEXT, KIND_MASK, TARGET_BEGIN, TARGET_CONTINUE, is_target
+from megatron_multiturn.message_layouts import ChatLayout
+from megatron_multiturn.modes import CONTEXT, KIND_MASK, TARGET_BEGIN, TARGET_CONTINUE
 from megatron_multiturn.run_encoder import RunEncoder
-from megatron_multiturn.text_groups import fill_text, make_fill
+from megatron_multiturn.text_groups import fill_text, fill_texts, make_fill
 from megatron_multiturn.turn_weights import TurnWeights
 
 
@@ -33,8 +35,8 @@ class DocumentBatch:
 
     def __init__(self) -> None:
         self.weights = TurnWeights()  # of the turns of all documents
-        self._layouts: list[Layout] = []
-        self._contents: list[Sequence[str]] = []
+        self._layouts: list[ChatLayout] = []  # of each document
+        self._contents: list[Sequence[str]] = []  # likewise
         self._texts: list[str] = []
         self._known: dict[str, int] = {}  # texts of documents that are laid out only once
         self._group_texts: list[int] = []  # the text of each group
@@ -43,7 +45,7 @@ class DocumentBatch:
     def __len__(self) -> int:
         return len(self._layouts)
 
-    def fill(self, layout: Layout, contents: Sequence[str], texts: Sequence[str]) -> None:
+    def fill(self, layout: ChatLayout, contents: Sequence[str], texts: Sequence[str]) -> None:
         """Add a document of a layout with slots; texts: of its groups, with the contents in."""
         self._layouts.append(layout)
         self._contents.append(contents)
@@ -52,12 +54,15 @@ class DocumentBatch:
         self._group_texts += range(first, len(self._texts))
         if layout.edge_fills:
             first = len(self._texts)
-            self._texts += [fill_text(fill, contents) for fill in layout.edge_fills]
+            self._texts += fill_texts(layout.edge_fills, contents)
             self._edge_texts += range(first, len(self._texts))
 
     def add(self, layout: Layout) -> None:
         """Add a document of a layout without slots."""
-        self._layouts.append(layout)
+        number = -1 - len(self)  # unlike those of layouts with slots
+        self._layouts.append(
+            ChatLayout(np.array([number]), {number: layout}, (0,), layout.group_fills, ())
+        )
         self._contents.append(())
         self._group_texts += [self._number(fill_text(fill, ())) for fill in layout.group_fills]
         self._edge_texts += [self._number(fill_text(fill, ())) for fill in layout.edge_fills]
@@ -85,7 +90,7 @@ class DocumentBatch:
         layouts know; sources: (num_documents,), those of one source fail together; unknown_id: of
         the token for what the vocabulary does not have, one for any number of characters.
         """
-        columns = _Columns(self._layouts)
+        columns = LayoutColumns(self._layouts)
         encoded = engine.encode(self._texts)
         source = np.concatenate([pool, encoded.ids])
         text_spans = np.stack([encoded.offsets[:-1], encoded.offsets[1:]], axis=1) + len(pool)
@@ -109,7 +114,7 @@ class DocumentBatch:
         failed = self._none()
         for group in np.unique(columns.edge_groups[is_joined]).tolist():
             document = int(columns.group_documents[group])
-            pieces = self._cut(document, group - int(columns.first_groups[document]), run_encoder)
+            pieces = self._cut(document, columns.place_of(group), run_encoder)
             failed[document] |= pieces is None
             for atom, ids in zip(columns.atoms_of(group), pieces or (), strict=False):
                 starts[atom], lengths[atom] = len(source) + len(added), len(ids)
@@ -133,10 +138,15 @@ class DocumentBatch:
             is_lossy=is_lossy & ~failed,
         )
 
-    def _cut(self, document: int, number: int, run_encoder: RunEncoder) -> list[list[int]] | None:
-        """The ids of the pieces of a group of a document."""
-        layout, contents = self._layouts[document], self._contents[document]
-        group = layout.groups[number]
+    def _cut(
+        self, document: int, place: tuple[int, int], run_encoder: RunEncoder
+    ) -> list[list[int]] | None:
+        """The ids of the pieces of a group; place: (layout in the document, group in that)."""
+        chat = self._layouts[document]
+        number, group_number = place
+        layout = chat.layouts[int(chat.numbers[number])]
+        contents = self._contents[document][chat.first_messages[number] :]
+        group = layout.groups[group_number]
         return run_encoder.encode_cut(
             [fill_text(make_fill(piece), contents) for piece in group.pieces],
             edges_to_left(layout.modes, layout.masked_ends, group.segments),
@@ -145,74 +155,6 @@ class DocumentBatch:
 
     def _none(self) -> NDArray[np.bool_]:
         return np.zeros(len(self), dtype=np.bool_)
-
-
-class _Columns:
-    """The arrays of many layouts one after another, numbered throughout."""
-
-    def __init__(self, layouts: Sequence[Layout]) -> None:
-        num_groups = np.array([len(layout.groups) for layout in layouts])
-        num_edges = np.array([len(layout.edge_groups) for layout in layouts])
-        num_atoms = np.array([len(layout.atom_segments) for layout in layouts])
-        num_segments = np.array([len(layout.modes) for layout in layouts])
-        self.modes = np.concatenate([layout.modes for layout in layouts])
-        self.first_segments = np.append(0, np.cumsum(num_segments))
-        self.first_groups = _starts(num_groups)
-
-        self.group_documents = np.repeat(np.arange(len(layouts)), num_groups)
-        self.edge_groups = np.concatenate([layout.edge_groups for layout in layouts])
-        self.edge_groups += np.repeat(_starts(num_groups), num_edges)
-        self.edge_spans = np.concatenate([layout.edge_constants for layout in layouts])
-        self.is_variable = self.edge_spans[:, 1] < 0
-        self._edge_segments = np.concatenate([layout.edge_segments for layout in layouts])
-        self._edge_segments += np.repeat(_starts(num_segments), num_edges)[:, None]
-
-        self.atom_segments = np.concatenate([layout.atom_segments for layout in layouts])
-        self.atom_segments += np.repeat(_starts(num_segments), num_atoms)
-        self.atom_documents = np.repeat(np.arange(len(layouts)), num_atoms)
-        self._atom_constants = np.concatenate([layout.atom_constants for layout in layouts])
-        groups = np.concatenate([layout.atom_groups for layout in layouts])
-        self._is_piece = groups >= 0
-        self._piece_groups = (groups + np.repeat(_starts(num_groups), num_atoms))[self._is_piece]
-        edges = np.concatenate([layout.atom_edges for layout in layouts])
-        edges += np.where(edges < 0, 0, np.repeat(_starts(num_edges), num_atoms)[:, None])
-        self._piece_edges = edges[self._is_piece]
-
-    def are_answers_edges(self) -> NDArray[np.bool_]:
-        """Which edges have an answer on one side or on both; (num_edges,)."""
-        sides: NDArray[np.bool_] = is_target(self.modes)[self._edge_segments]
-        return sides.any(axis=1)
-
-    def atoms_of(self, group: int) -> list[int]:
-        """The atoms that are the pieces of a group."""
-        first, last = np.searchsorted(self._piece_groups, [group, group + 1]).tolist()
-        return np.flatnonzero(self._is_piece)[first:last].tolist()
-
-    def place_atoms(
-        self, group_spans: NDArray[np.int64], edge_lengths: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(starts, lengths) of the atoms, both (num_atoms,).
-
-        group_spans: (num_groups, 2) where the groups lie; edge_lengths: (num_edges,) how many ids
-        stand before each edge.
-        """
-        starts = self._atom_constants[:, 0].copy()
-        stops = self._atom_constants[:, 1].copy()
-        spans = group_spans[self._piece_groups]
-        lower, upper = self._piece_edges.T
-        before = np.append(edge_lengths, 0)  # the last is found at -1
-        starts[self._is_piece] = spans[:, 0] + before[lower]
-        stops[self._is_piece] = np.where(upper < 0, spans[:, 1], spans[:, 0] + before[upper])
-        return starts, np.maximum(stops - starts, 0)
-
-
-def ragged_positions(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The positions of all elements of spans.
-
-    starts [7, 2], lengths [2, 1] give [7, 8, 2].
-    """
-    shifts = starts - _starts(lengths)
-    return np.repeat(shifts, lengths) + np.arange(int(lengths.sum()))
 
 
 def _are_heads(
@@ -229,11 +171,6 @@ def _are_heads(
     number = np.repeat(np.flatnonzero(are_heads), lengths)
     are_heads[number[differs]] = False
     return are_heads
-
-
-def _starts(counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Where each begins that holds so many: [2, 3] gives [0, 2]."""
-    return np.cumsum(counts) - counts
 
 
 def _restore_begins(modes: NDArray[np.int8], is_filled: NDArray[np.bool_]) -> None:

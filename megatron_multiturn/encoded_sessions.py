@@ -26,7 +26,7 @@ class EncodedSession:
 class EncodedBatch:
     """What became of a batch of sessions; all arrays are of the sessions one after another."""
 
-    tokens: NDArray[np.int32]  # (num_tokens,)
+    tokens: NDArray[np.integer[Any]]  # (num_tokens,)
     segment_lengths: NDArray[np.int32]  # (num_segments,), none is 0
     modes: NDArray[np.int8]  # (num_segments,)
     first_segments: NDArray[np.int64]  # (num_sessions + 1,), from 0
@@ -51,8 +51,9 @@ class EncodedBatch:
         start, stop = self.first_segments[index : index + 2].tolist()
         first_token = int(self.segment_lengths[:start].sum())
         lengths = self.segment_lengths[start:stop]
+        tokens = self.tokens[first_token : first_token + int(lengths.sum())]
         return EncodedSession(
-            tokens=self.tokens[first_token : first_token + int(lengths.sum())],
+            tokens=tokens.astype(np.int32, copy=False),
             segment_lengths=lengths,
             modes=self.modes[start:stop],
         )

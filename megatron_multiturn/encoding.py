@@ -20,8 +20,9 @@ from megatron_multiturn.batch_encoding import DocumentBatch
 from megatron_multiturn.control_tokens import ControlLiterals, ControlToken
 from megatron_multiturn.encoded_sessions import EncodedBatch, EncodedSession, join_encoded
 from megatron_multiturn.engines import Engine, ReferenceEngine
+from megatron_multiturn.entries import ROLES
 from megatron_multiturn.errors import ConfigError, SessionError
-from megatron_multiturn.layouts import ConstantPool, Layout, LayoutMaker, fill_groups
+from megatron_multiturn.layouts import ConstantPool, LayoutMaker
 from megatron_multiturn.message_layouts import MessageLayouts
 from megatron_multiturn.messages import Message
 from megatron_multiturn.plain_chats import PlainChat
@@ -31,7 +32,7 @@ from megatron_multiturn.sessions import Session
 from megatron_multiturn.supervision import DEFAULT_ROLES, select_answers
 from megatron_multiturn.template_input import keys_in, message_variables, texts_in
 from megatron_multiturn.templates import BOS, EOS, ChatTemplate, Document, Special
-from megatron_multiturn.text_groups import slot_text
+from megatron_multiturn.text_groups import fill_texts
 from megatron_multiturn.vocabulary import Vocabulary
 
 __all__ = [
@@ -44,8 +45,7 @@ __all__ = [
 
 LITERAL_CONTROL_TOKENS = ("escape", "error")
 
-_MAX_LAYOUTS = 4096
-_MAX_LAYOUT_MESSAGES = 512  # a longer chat hardly has its like
+_BARE_MESSAGES = {role: Message(role=role, content="") for role in ROLES.values()}
 
 
 class SessionEncoder:
@@ -91,14 +91,17 @@ class SessionEncoder:
             run_encoder=self._run_encoder,
             pool=self._pool,
         )
-        self._message_layouts = MessageLayouts(self._layout_maker)
-        self._layouts: dict[tuple[str, ...], Layout | None] = {}
+        self._message_layouts = MessageLayouts(template, self._layout_maker, self._answers_of)
         self._refuses_literals = literal_control_tokens == "error"
         self._literals = self._control_literals()
 
     @property
     def template(self) -> ChatTemplate:
         return self._template
+
+    @property
+    def engine(self) -> Engine:
+        return self._engine
 
     @property
     def omits_bos(self) -> bool:
@@ -180,16 +183,13 @@ class SessionEncoder:
 
     def _fill_layout(self, batch: DocumentBatch, chat: PlainChat) -> bool:
         """Add a chat by the layout of its roles; False if there is none."""
-        try:
-            layout = self._layouts[chat.roles]
-        except KeyError:
-            layout = self._layout_of(chat.roles)
+        layout = self._message_layouts.layout_of(chat.roles)
         if layout is None:
             return False
         contents = chat.contents
         if self._template.strips:
             contents = [content.strip() for content in contents]
-        texts = fill_groups(layout, contents)
+        texts = fill_texts(layout.group_fills, contents)
         if self._layout_maker.is_unsafe("\n".join(texts)):
             return False
         if self._refuses_literals:
@@ -198,27 +198,12 @@ class SessionEncoder:
         batch.fill(layout, contents, texts)
         return True
 
-    def _layout_of(self, roles: tuple[str, ...]) -> Layout | None:
-        """The layout of all chats with these roles, if there is one."""
-        if not self._template.depends_on_roles_alone or len(roles) > _MAX_LAYOUT_MESSAGES:
-            return None
-        if len(self._layouts) >= _MAX_LAYOUTS:
-            self._layouts.clear()
-        messages = tuple(
-            Message(role=role, content=slot_text(number)) for number, role in enumerate(roles)
-        )
-        layout = None
-        try:
-            session = select_answers(
-                Session(messages=messages, location="slots"), self._train_on, self._train_roles
-            )
-            (document,) = self._template.documents(session)
-        except SessionError:
-            pass  # said again of each such session, with its place
-        else:
-            layout = self._message_layouts.make(document.segments)
-        self._layouts[roles] = layout
-        return layout
+    def _answers_of(self, roles: tuple[str, ...]) -> list[bool]:
+        """Which messages of a chat are trained on; SessionError if none is."""
+        messages = tuple([_BARE_MESSAGES[role] for role in roles])
+        session = Session(messages=messages, location="roles")
+        chosen = select_answers(session, self._train_on, self._train_roles)
+        return [message.is_answer for message in chosen.messages]
 
     def _finish(
         self,

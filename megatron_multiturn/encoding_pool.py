@@ -4,14 +4,15 @@ import gc
 import json
 import multiprocessing
 import os
+import pickle
 import signal
-import threading
-import time
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from megatron_multiturn.encoding import EncodedBatch, SessionEncoder
 from megatron_multiturn.errors import MultiTurnError, SessionError
@@ -19,10 +20,10 @@ from megatron_multiturn.held_signals import HeldSignals
 from megatron_multiturn.plain_chats import PlainChat, read_plain_chat
 from megatron_multiturn.record_blocks import Block, RawRecord
 from megatron_multiturn.records import read_records
+from megatron_multiturn.renewed_process import RenewedProcess, watch_parent
 from megatron_multiturn.sessions import Session, parse_session
 
 _BLOCKS_PER_WORKER = 4
-_PARENT_CHECK_SECONDS = 1.0
 _SIGNAL_SECONDS = 0.2  # after which one acts
 _SAMPLED_FILES = 16
 _SAMPLED_BYTES = 1 << 19
@@ -65,7 +66,7 @@ class Work:
         bad += [(numbers[source], records[source], error) for source, error in batch.errors]
         bad.sort(key=lambda entry: entry[0])
         return EncodedBlock(
-            batch=batch,
+            batch=_narrowed(batch),
             locations=[records[source].location for source in batch.sources.tolist()],
             rejected=[(record.location, error) for _, record, error in bad],
             rejected_lines=b"".join(rejected_line(record, error) for _, record, error in bad),
@@ -114,7 +115,6 @@ def encode_blocks[Tag](
             yield tag, block, work.encode_block(block)
         return
     # What is there already is not looked through in the workers, which would copy its pages.
-    gc.collect()
     gc.freeze()
     with HeldSignals() as signals:
         pool = ProcessPoolExecutor(
@@ -125,7 +125,7 @@ def encode_blocks[Tag](
             initargs=(work, os.getpid()),
         )
         try:
-            pending: deque[tuple[Tag, Block, Future[EncodedBlock]]] = deque()
+            pending: deque[tuple[Tag, Block, Future[bytes]]] = deque()
             for tag, block in blocks:
                 pending.append((tag, block, pool.submit(_encode_in_worker, block)))
                 if len(pending) >= num_workers * _BLOCKS_PER_WORKER:
@@ -144,36 +144,40 @@ def encode_blocks[Tag](
 
 
 def _take[Tag](
-    pending: deque[tuple[Tag, Block, Future[EncodedBlock]]], signals: HeldSignals
+    pending: deque[tuple[Tag, Block, Future[bytes]]], signals: HeldSignals
 ) -> tuple[Tag, Block, EncodedBlock]:
     tag, block, future = pending.popleft()
     signals.release()
     while not future.done():
         wait([future], timeout=_SIGNAL_SECONDS)
         signals.release()
-    return tag, block, future.result()
+    return tag, block, pickle.loads(future.result())
 
 
-_worker_work: Work | None = None
+_worker: RenewedProcess | None = None
 
 
 def _start_worker(work: Work, parent: int) -> None:
-    global _worker_work
-    _worker_work = work
+    global _worker
+    engine = work.encoder.engine
+    engine.renews = False
+    _worker = RenewedProcess(work.encode_block, engine.has_grown)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     # The parent cleans up on either signal, and ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
+    watch_parent(parent)
 
 
-def _end_with_parent(parent: int) -> None:
-    """A killed parent cannot end its workers, which would wait for work for ever."""
-    while os.getppid() == parent:
-        time.sleep(_PARENT_CHECK_SECONDS)
-    os._exit(1)
+def _encode_in_worker(block: Block) -> bytes:
+    """The EncodedBlock, pickled."""
+    assert _worker is not None
+    return _worker.call(block)
 
 
-def _encode_in_worker(block: Block) -> EncodedBlock:
-    assert _worker_work is not None
-    return _worker_work.encode_block(block)
+def _narrowed(batch: EncodedBatch) -> EncodedBatch:
+    """The batch in half as many bytes, if its ids allow it: it may have to be sent."""
+    tokens = batch.tokens
+    if not len(tokens) or tokens.min() < 0 or tokens.max() > np.iinfo(np.uint16).max:
+        return batch
+    return replace(batch, tokens=tokens.astype(np.uint16))

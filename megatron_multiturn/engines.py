@@ -6,7 +6,6 @@ really have, before a run and throughout it: it is only ever a faster way to the
 
 import importlib
 import itertools
-import json
 import os
 import resource
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from megatron_multiturn.vocabulary import Vocabulary
 ENGINES = ("auto", "gigatoken", "reference")
 
 # What the process may grow by before what gigatoken remembers is thrown away.
-_MAX_GROWTH_BYTES = 80 << 20
+_MAX_GROWTH_BYTES = 64 << 20
 _FIRST_CALLS = 3
 # One text of so many is compared throughout a run.
 _CHECK_INTERVAL = 1024
@@ -64,6 +63,8 @@ class EncodedTexts:
 class Engine(Protocol):
     """Encodes texts, with no special token added and none read out of them."""
 
+    renews: bool  # whether it sees to it itself that its memory has a bound
+
     @property
     def name(self) -> str:
         """As the flag calls it."""
@@ -74,6 +75,9 @@ class Engine(Protocol):
     def find_lossy(self, texts: Sequence[str], encoded: EncodedTexts) -> NDArray[np.bool_]:
         """Which of the texts do not come back when their ids are decoded; (num_texts,)."""
 
+    def has_grown(self) -> bool:
+        """Whether it takes too much more memory than when this process began with it."""
+
 
 class ReferenceEngine:
     """The tokenizer's own library."""
@@ -81,17 +85,25 @@ class ReferenceEngine:
     name = "reference"
 
     def __init__(self, vocabulary: Vocabulary) -> None:
+        self.renews = True
         self._vocabulary = vocabulary
+        self._joint: str | None = None  # what it writes between two texts
 
     def encode(self, texts: Sequence[str]) -> EncodedTexts:
-        encoded = self._vocabulary.encode(texts)
-        offsets = np.zeros(len(encoded) + 1, dtype=np.int64)
-        np.cumsum([len(ids) for ids in encoded], out=offsets[1:])
-        ids = np.fromiter(itertools.chain.from_iterable(encoded), np.int32, count=int(offsets[-1]))
+        ids, lengths = self._vocabulary.encode_flat(texts)
+        offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
+        np.cumsum(lengths, out=offsets[1:])
         return EncodedTexts(ids=ids, offsets=offsets)
 
     def find_lossy(self, texts: Sequence[str], encoded: EncodedTexts) -> NDArray[np.bool_]:
+        if self._joint is None:
+            self._joint = self._vocabulary.decode_flat(self.encode(["a", "a"]).ids)[1:-1]
+        if self._vocabulary.decode_flat(encoded.ids) == self._joint.join(texts):
+            return np.zeros(len(texts), dtype=np.bool_)
         return _find_lossy(self._vocabulary, texts, encoded)
+
+    def has_grown(self) -> bool:
+        return False
 
 
 class GigatokenEngine:
@@ -101,6 +113,7 @@ class GigatokenEngine:
 
     def __init__(self, vocabulary: Vocabulary, *, check_interval: int = _CHECK_INTERVAL) -> None:
         """Raises ConfigError if it cannot take this tokenizer, or reads it otherwise."""
+        self.renews = True
         self._vocabulary = vocabulary
         self._check_interval = check_interval
         self._num_texts = 0
@@ -116,7 +129,10 @@ class GigatokenEngine:
 
     def encode(self, texts: Sequence[str]) -> EncodedTexts:
         """Raises ConfigError if a text that is compared has other ids."""
-        self._renew_if_grown()
+        if self.renews and self.has_grown():
+            self._backend = None  # the old one goes before the new one comes
+            self._backend = _load_backend(self._description)
+            self._num_calls = 0
         encoded = self._encode(texts)
         if self._unlike.occur_in("\n".join(texts)):
             held = [i for i, text in enumerate(texts) if self._unlike.find(text)]
@@ -138,11 +154,8 @@ class GigatokenEngine:
             return np.zeros(len(texts), dtype=np.bool_)
         return _find_lossy(self._vocabulary, texts, encoded)
 
-    def _decode(self, encoded: EncodedTexts) -> bytes:
-        return bytes(self._backend.decode(encoded.ids.view(np.uint32)))
-
-    def _renew_if_grown(self) -> None:
-        """Load the backend anew when it has grown too far: it keeps all texts between two spaces.
+    def has_grown(self) -> bool:
+        """Asked once a call: the backend keeps all texts between two spaces.
 
         In a language that puts few spaces nearly all of them are new.
         """
@@ -151,10 +164,10 @@ class GigatokenEngine:
         self._num_calls += 1
         if self._num_calls <= _FIRST_CALLS:  # by then all else has been in memory once
             self._held_bytes = _resident_bytes()
-        elif _resident_bytes() - self._held_bytes > _MAX_GROWTH_BYTES:
-            self._backend = None  # the old one goes before the new one comes
-            self._backend = _load_backend(self._description)
-            self._num_calls = 0
+        return _resident_bytes() - self._held_bytes > _MAX_GROWTH_BYTES
+
+    def _decode(self, encoded: EncodedTexts) -> bytes:
+        return bytes(self._backend.decode(encoded.ids.view(np.uint32)))
 
     def _encode(self, texts: Sequence[str]) -> EncodedTexts:
         layout = self._backend.encode_batch(list(texts), parallel=False).layout
@@ -232,30 +245,31 @@ def _resident_bytes() -> int:
         return int(stream.read().split()[1]) * resource.getpagesize()
 
 
-def _load_backend(description: str) -> Any:
+def _load_backend(description: bytes) -> Any:
     return importlib.import_module("gigatoken").Tokenizer.from_json(description)
 
 
-def _load(vocabulary: Vocabulary) -> tuple[Any, str, list[str]]:
+def _load(vocabulary: Vocabulary) -> tuple[Any, bytes, list[str]]:
     """(the backend, what it is loaded from, the literals of tokens added to the vocabulary)
 
     Raises ConfigError if it cannot load it.
     """
     try:
         gigatoken = importlib.import_module("gigatoken")
+        orjson = importlib.import_module("orjson")
     except ImportError as error:
         raise ConfigError(
-            f"gigatoken cannot be imported ({error}); `pip install gigatoken`"
+            f"gigatoken cannot be imported ({error}); `pip install gigatoken orjson`"
         ) from None
     try:
         source = vocabulary.serialized()
         if isinstance(source, bytes):
             source = gigatoken.Tokenizer.from_sentencepiece(source)._hf_json
-        description = json.loads(source)
+        description = orjson.loads(source)
         added = description.get("added_tokens", ())
         # A message that spells a special token is text.
         description["added_tokens"] = [token for token in added if not token["special"]]
-        text = json.dumps(description)
+        text: bytes = orjson.dumps(description)
         return _load_backend(text), text, [token["content"] for token in added]
     except ConfigError:
         raise

@@ -29,8 +29,15 @@ from megatron_multiturn.errors import ConfigError, SessionError
 from megatron_multiturn.rendered_session import RenderedSession
 from megatron_multiturn.renderings import render_checked
 from megatron_multiturn.sandbox import ChatSandbox
-from megatron_multiturn.sessions import Session
-from megatron_multiturn.templates import Document, Special, render_plain
+from megatron_multiturn.sessions import Message, Session
+from megatron_multiturn.templates import (
+    Document,
+    Segment,
+    Special,
+    Unit,
+    UnitKey,
+    render_plain,
+)
 from megatron_multiturn.turn_spans import RenderedText, Span, cut_segments, is_closed, subtract
 
 HISTORY_REWRITING = ("expand", "last", "error")
@@ -52,7 +59,6 @@ class JinjaTemplate:
     """A chat template, as `apply_chat_template` would render it."""
 
     opens_with_bos = False  # it writes a BOS itself
-    depends_on_roles_alone = False
     strips = False
     trains_any_role = False
 
@@ -105,6 +111,12 @@ class JinjaTemplate:
 
     def batch(self) -> AbstractContextManager[None]:
         return bounded()
+
+    def units(self, roles: Sequence[str], answers: Sequence[bool]) -> list[Unit] | None:
+        return None
+
+    def write_unit(self, key: UnitKey, messages: Sequence[Message]) -> list[Segment]:
+        raise AssertionError("a chat template has no units")
 
     def documents(self, session: Session) -> list[Document]:
         if session.plain:

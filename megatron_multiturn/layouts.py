@@ -8,8 +8,9 @@ the whole rendering, token for token. Where the ids of what stands before an edg
 the group's ids, the edge lies between two tokens, and the ids are cut there. A group that goes on
 in the middle of a text stands behind a guard (see `run_encoder`), which is cut off alike.
 
-Templates of this package write around the contents what the roles alone decide: the layout of a
-sequence of roles is made once, with slots for the contents, and filled for every such session.
+Templates of this package write around the contents what the roles alone decide: the layouts of
+messages are made once, with slots for the contents, and filled for every session (see
+`message_layouts`).
 """
 
 import re
@@ -29,7 +30,7 @@ from megatron_multiturn.modes import (
 )
 from megatron_multiturn.run_encoder import RunEncoder
 from megatron_multiturn.templates import Segment, Special
-from megatron_multiturn.text_groups import Fill, Text, TextGroup, cut_groups, fill_text, make_fill
+from megatron_multiturn.text_groups import Fill, Text, TextGroup, cut_groups, make_fill
 from megatron_multiturn.turn_weights import TurnWeights
 
 
@@ -52,16 +53,6 @@ class Layout:
     groups: tuple[TextGroup, ...]
     group_fills: tuple[Fill, ...]  # the texts of the groups
     edge_fills: tuple[Fill, ...]  # the texts before the edges with (-1, -1)
-
-
-def fill_groups(layout: Layout, contents: Sequence[str]) -> list[str]:
-    """The texts of the groups of a layout; as fill_text, without a call for each of them."""
-    return [
-        before + contents[slot] + after
-        if slot >= 0
-        else fill_text((before, slot, after, items), contents)
-        for before, slot, after, items in layout.group_fills
-    ]
 
 
 class ConstantPool:

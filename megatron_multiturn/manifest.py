@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,11 +85,6 @@ def read_manifest(prefix: str) -> Manifest:
         raise DatasetError(
             f"{path}: this is no manifest of a preprocessed dataset ({error}); preprocess again"
         ) from None
-
-
-def describe_input(path: str) -> InputFile:
-    """Size and hash of an input file."""
-    return InputFile(path=path, num_bytes=os.stat(path).st_size, sha256=file_hash(path))
 
 
 def file_hash(path: str) -> str:

@@ -17,7 +17,8 @@ import numpy as np
 
 from megatron_multiturn.errors import ConfigError, DatasetError, MultiTurnError
 from megatron_multiturn.index_file import index_blocks
-from megatron_multiturn.pipeline import all_rejected, describe_inputs
+from megatron_multiturn.input_hashes import describe_inputs
+from megatron_multiturn.pipeline import all_rejected
 from megatron_multiturn.session_writer import (
     SessionWriter,
     WriterState,

@@ -1,147 +1,151 @@
-"""Layouts with slots, joined from those of single messages, which are made once.
+"""Layouts with slots for whole chats, put together from those of their messages.
 
 Sequences of roles are many, of chats with tools nearly as many as chats; what is written of one
-message depends on few things, and hardly ever differs but for the number of its slot.
+message depends on few things. A template says what (see `templates.Unit`), and the layout of
+each unit, or of several where text goes on from one to the next, is made once.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_multiturn.errors import SessionError
 from megatron_multiturn.layouts import Layout, LayoutMaker
-from megatron_multiturn.templates import Part, Segment, Special
-from megatron_multiturn.text_groups import SLOT, Fill, Text, TextGroup, slot_text
+from megatron_multiturn.messages import Message
+from megatron_multiturn.templates import ChatTemplate, Segment, Special, Unit, UnitKey
+from megatron_multiturn.text_groups import Fill, moved_fill, slot_text
 from megatron_multiturn.turn_weights import TurnWeights
 
-_MAX_CACHED = 4096
+_MAX_CHATS = 4096
+_MAX_KEPT_MESSAGES = 512  # a longer chat hardly has its like
+_MAX_UNITS = 4096
 
-# Of each segment all that its layout depends on, its slots numbered from 0 in the message.
-_Key = tuple[tuple[int, bool, bool, float, tuple[Part, ...]], ...]
+# Units that text goes on through.
+_Run = tuple[Unit, ...]
+
+
+class ChatLayout(NamedTuple):
+    """The layouts of a chat one after another; the slots of each are numbered from its first."""
+
+    numbers: NDArray[np.int64]  # (num_layouts,), each named by a number of its own
+    layouts: Mapping[int, Layout]  # by these numbers
+    first_messages: Sequence[int]  # (num_layouts,)
+    # Of all layouts, with the slots numbered throughout:
+    group_fills: Sequence[Fill]
+    edge_fills: Sequence[Fill]
 
 
 class MessageLayouts:
-    """Makes layouts with slots."""
+    """Makes the layouts of chats of a template; its turns weigh 1, and nothing is masked."""
 
-    def __init__(self, maker: LayoutMaker) -> None:
+    def __init__(
+        self,
+        template: ChatTemplate,
+        maker: LayoutMaker,
+        answers_of: Callable[[tuple[str, ...]], Sequence[bool]],
+    ) -> None:
+        """answers_of: the roles of a chat -> whether each message is trained on; SessionError
+        if none is."""
+        self._template = template
         self._maker = maker
-        self._made: dict[_Key, Layout] = {}
+        self._answers_of = answers_of
+        self._chats: dict[tuple[str, ...], ChatLayout | None] = {}
+        self._ends: dict[UnitKey, tuple[bool, bool]] = {}  # whether units begin, end with text
+        self._layouts: dict[_Run, tuple[int, Layout]] = {}
+        self._next_number = 0
 
-    def make(self, segments: Sequence[Segment]) -> Layout:
-        """The layout of a document; its turns weigh 1, and nothing in them is masked."""
-        layouts = []
-        slots = []
-        for message in _split(segments):
-            key, numbers = _key(message)
-            if key not in self._made:
-                if len(self._made) >= _MAX_CACHED:
-                    self._made.clear()
-                renumbered = [
-                    replace(segment, parts=parts)
-                    for segment, (*_, parts) in zip(message, key, strict=True)
-                ]
-                self._made[key] = self._maker.make(renumbered, TurnWeights(), has_slots=True)
-            layouts.append(self._made[key])
-            slots.append(numbers)
-        return _join(layouts, slots)
+    def layout_of(self, roles: tuple[str, ...]) -> ChatLayout | None:
+        """The layout of a chat of these roles; None if it has to be rendered."""
+        try:
+            return self._chats[roles]
+        except KeyError:
+            pass
+        if len(self._ends) + len(self._layouts) >= _MAX_UNITS:
+            self._ends.clear()
+            self._layouts.clear()
+        layout = None
+        with contextlib.suppress(SessionError):  # said again of each such session, with its place
+            layout = self._make(roles, self._answers_of(roles))
+        if len(roles) <= _MAX_KEPT_MESSAGES:
+            if len(self._chats) >= _MAX_CHATS:
+                self._chats.clear()
+            self._chats[roles] = layout
+        return layout
 
-
-def _split(segments: Sequence[Segment]) -> Iterator[Sequence[Segment]]:
-    """The segments of each message; of several, where text goes on from one to the next."""
-    start = 0
-    for index, segment in enumerate(segments):
-        if index > start and segment.starts_message and isinstance(segment.parts[0], Special):
-            yield segments[start:index]
-            start = index
-    yield segments[start:]
-
-
-def _key(message: Sequence[Segment]) -> tuple[_Key, list[int]]:
-    """(the key, the number of each of its slots in the document)"""
-    numbers: list[int] = []
-
-    def renumber(text: str) -> str:
-        pieces = SLOT.split(text)
-        for index in range(1, len(pieces), 2):
-            number = int(pieces[index])
-            if number not in numbers:
-                numbers.append(number)
-            pieces[index] = slot_text(numbers.index(number))
-        return "".join(pieces)
-
-    key = tuple(
-        (
-            segment.kind,
-            segment.starts_message,
-            segment.leading_system,
-            segment.weight,
-            tuple([renumber(part) if isinstance(part, str) else part for part in segment.parts]),
+    def _make(self, roles: Sequence[str], answers: Sequence[bool]) -> ChatLayout | None:
+        units = self._template.units(roles, answers)
+        if units is None:
+            return None
+        runs: list[tuple[_Run, int]] = []
+        run: list[Unit] = []
+        first = number = 0  # the first message of the run, and of the unit
+        goes_on = False
+        for unit in units:
+            key, num_messages = unit
+            ends = self._ends.get(key)
+            if ends is None:
+                messages = _slots(roles[number:], answers[number:], num_messages)
+                ends = self._ends[key] = _text_ends(self._template.write_unit(key, messages))
+            if run and not (goes_on and ends[0]):
+                runs.append((tuple(run), first))
+                run, first = [], number
+            run.append(unit)
+            number += num_messages
+            goes_on = ends[1]
+        runs.append((tuple(run), first))
+        numbered = [self._layout_of(run, roles[first:], answers[first:]) for run, first in runs]
+        firsts = [first for _, first in runs]
+        return ChatLayout(
+            numbers=np.array([number for number, _ in numbered], dtype=np.int64),
+            layouts=dict(numbered),
+            first_messages=firsts,
+            group_fills=[
+                moved_fill(fill, first)
+                for (_, layout), first in zip(numbered, firsts, strict=True)
+                for fill in layout.group_fills
+            ],
+            edge_fills=[
+                moved_fill(fill, first)
+                for (_, layout), first in zip(numbered, firsts, strict=True)
+                for fill in layout.edge_fills
+            ],
         )
-        for segment in message
+
+    def _layout_of(
+        self, run: _Run, roles: Sequence[str], answers: Sequence[bool]
+    ) -> tuple[int, Layout]:
+        """(number, layout) of a run, with which the roles and answers begin."""
+        found = self._layouts.get(run)
+        if found is not None:
+            return found
+        segments: list[Segment] = []
+        offset = 0
+        for key, num_messages in run:
+            messages = _slots(roles[offset:], answers[offset:], num_messages, offset)
+            segments += self._template.write_unit(key, messages)
+            offset += num_messages
+        layout = self._maker.make(segments, TurnWeights(), has_slots=True)
+        self._layouts[run] = (self._next_number, layout)
+        self._next_number += 1
+        return self._layouts[run]
+
+
+def _slots(
+    roles: Sequence[str], answers: Sequence[bool], count: int, first_slot: int = 0
+) -> list[Message]:
+    """The first messages of these, with slots for their contents."""
+    return [
+        Message(role=roles[index], content=slot_text(first_slot + index), train=answers[index])
+        for index in range(count)
+    ]
+
+
+def _text_ends(segments: Sequence[Segment]) -> tuple[bool, bool]:
+    """Whether they begin, and end, with text."""
+    return (
+        not isinstance(segments[0].parts[0], Special),
+        not isinstance(segments[-1].parts[-1], Special),
     )
-    return key, numbers
-
-
-def _join(layouts: Sequence[Layout], slots: Sequence[Sequence[int]]) -> Layout:
-    """One layout after the other; slots: of each layout, the numbers of its slots in the whole."""
-    segments = _offsets([len(layout.modes) for layout in layouts])
-    groups = _offsets([len(layout.groups) for layout in layouts])
-    edges = _offsets([len(layout.edge_groups) for layout in layouts])
-
-    def joined(name: str, offsets: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
-        arrays: list[NDArray[np.int64]] = [getattr(layout, name) for layout in layouts]
-        whole = np.concatenate(arrays)
-        if offsets is None:
-            return whole
-        shifts = offsets.repeat([len(array) for array in arrays])
-        return np.where(whole < 0, whole, whole + (shifts if whole.ndim == 1 else shifts[:, None]))
-
-    return Layout(
-        modes=np.concatenate([layout.modes for layout in layouts]),
-        masked_ends=np.concatenate([layout.masked_ends for layout in layouts]),
-        atom_segments=joined("atom_segments", segments),
-        atom_constants=joined("atom_constants"),
-        atom_groups=joined("atom_groups", groups),
-        atom_edges=joined("atom_edges", edges),
-        edge_groups=joined("edge_groups", groups),
-        edge_segments=joined("edge_segments", segments),
-        edge_constants=joined("edge_constants"),
-        groups=tuple(
-            _moved_group(group, numbers, offset)
-            for layout, numbers, offset in zip(layouts, slots, segments.tolist(), strict=True)
-            for group in layout.groups
-        ),
-        group_fills=tuple(
-            _moved_fill(fill, numbers)
-            for layout, numbers in zip(layouts, slots, strict=True)
-            for fill in layout.group_fills
-        ),
-        edge_fills=tuple(
-            _moved_fill(fill, numbers)
-            for layout, numbers in zip(layouts, slots, strict=True)
-            for fill in layout.edge_fills
-        ),
-    )
-
-
-def _offsets(counts: Sequence[int]) -> NDArray[np.int64]:
-    """Where each begins that holds so many: [2, 3] gives [0, 2]."""
-    return np.cumsum(counts) - counts
-
-
-def _moved_group(group: TextGroup, numbers: Sequence[int], segment_offset: int) -> TextGroup:
-    return TextGroup(
-        pieces=tuple([_moved_text(piece, numbers) for piece in group.pieces]),
-        segments=tuple([segment + segment_offset for segment in group.segments]),
-        goes_on=group.goes_on,
-    )
-
-
-def _moved_fill(fill: Fill, numbers: Sequence[int]) -> Fill:
-    before, slot, after, items = fill
-    return before, numbers[slot] if slot >= 0 else slot, after, _moved_text(items, numbers)
-
-
-def _moved_text(text: Text, numbers: Sequence[int]) -> Text:
-    return tuple([item if isinstance(item, str) else numbers[item] for item in text])

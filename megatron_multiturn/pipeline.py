@@ -11,7 +11,6 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +21,7 @@ from megatron_multiturn.batch_checks import session_lengths
 from megatron_multiturn.encoding import SessionEncoder
 from megatron_multiturn.encoding_pool import EncodedBlock, Work, encode_blocks
 from megatron_multiturn.errors import ConfigError, SessionError
+from megatron_multiturn.input_hashes import InputHashes
 from megatron_multiturn.journal import (
     ENCODING,
     PLACING,
@@ -30,12 +30,7 @@ from megatron_multiturn.journal import (
     journal_of,
     journal_to_go_on_from,
 )
-from megatron_multiturn.manifest import (
-    Counts,
-    InputFile,
-    TemplateIdentity,
-    describe_input,
-)
+from megatron_multiturn.manifest import Counts, TemplateIdentity
 from megatron_multiturn.progress import Progress
 from megatron_multiturn.record_blocks import Block, FilePart, FilePlace, LineBlock
 from megatron_multiturn.records import read_blocks
@@ -51,8 +46,6 @@ from megatron_multiturn.spooled_columns import column_blocks
 from megatron_multiturn.tally import LengthHistogram, Pace, Tally
 from megatron_multiturn.unfinished import UnfinishedRun, changed_settings
 from megatron_multiturn.vocabulary import TokenizerIdentity
-
-_HASHING_THREADS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,9 +104,12 @@ def preprocess_sessions(
     )
     started = time.perf_counter()
     before = (writer.counts, progress.tally.num_rejected, progress.raw_bytes)
-    with writer:
-        _encode(job, encoder, run, writer, progress, settings)
-        _finish(job, writer, progress, settings, tokenizer, template)
+    with writer, contextlib.closing(InputHashes(job.inputs)) as hashes:
+        attempt = _Attempt(
+            job=job, run=run, writer=writer, progress=progress, settings=settings, hashes=hashes
+        )
+        _encode(attempt, encoder)
+        _finish(attempt, tokenizer, template)
         lengths = LengthHistogram(writer.columns.blocks("session_lengths", np.int32))
         summary = Summary(
             counts=writer.counts,
@@ -189,15 +185,21 @@ def _summary_of_journal(
     )
 
 
-def _encode(
-    job: Job,
-    encoder: SessionEncoder,
-    run: UnfinishedRun,
-    writer: SessionWriter,
-    progress: RunState,
-    settings: dict[str, Any],
-) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Attempt:
+    """A run that has something left to do."""
+
+    job: Job
+    run: UnfinishedRun
+    writer: SessionWriter
+    progress: RunState
+    settings: dict[str, Any]
+    hashes: InputHashes
+
+
+def _encode(attempt: _Attempt, encoder: SessionEncoder) -> None:
     """Read, encode and write the rest of the input; `progress` moves on."""
+    job, writer, progress = attempt.job, attempt.writer, attempt.progress
     parts = cut_shard(job.inputs, job.shard)
     sizes = [part.raw_end - part.raw_begin for part in parts]
     work = Work(encoder=encoder, form=job.form, stops_at_error=not job.skip_bad_sessions)
@@ -208,8 +210,10 @@ def _encode(
             contextlib.closing(encode_blocks(work, blocks, job.num_workers))
         )
         bar = stack.enter_context(contextlib.closing(Progress(sum(sizes), progress.raw_bytes)))
-        journal = stack.enter_context(contextlib.closing(JournalKeeper(run, writer)))
+        journal = stack.enter_context(contextlib.closing(JournalKeeper(attempt.run, writer)))
         for part, block, result in encoded:
+            if job.shard is None:
+                attempt.hashes.start()
             if result.rejected and not job.skip_bad_sessions:
                 raise result.rejected[0][1]
             _write(writer, progress.tally, result)
@@ -219,7 +223,7 @@ def _encode(
             if isinstance(block, LineBlock) and not parts[part].is_whole:
                 progress.part_lines[block.path] = block.end.line - 1
             bar.update(progress.raw_bytes, result.batch.num_sessions + len(result.rejected))
-            journal.keep(lambda: journal_of(ENCODING, settings, writer, progress))
+            journal.keep(lambda: journal_of(ENCODING, attempt.settings, writer, progress))
         progress.raw_bytes = sum(sizes)
 
 
@@ -240,29 +244,23 @@ def _blocks(
         place = None
 
 
-def _finish(
-    job: Job,
-    writer: SessionWriter,
-    progress: RunState,
-    settings: dict[str, Any],
-    tokenizer: TokenizerIdentity,
-    template: TemplateIdentity,
-) -> None:
+def _finish(attempt: _Attempt, tokenizer: TokenizerIdentity, template: TemplateIdentity) -> None:
     """Make the files whole in the folder."""
+    job, writer, settings = attempt.job, attempt.writer, attempt.settings
     changed = changed_settings(
         {path: stamp for path, *stamp in settings["--input"]},
         {path: stamp for path, *stamp in input_stamps(job.inputs)},
     )
     if changed:
         raise ConfigError(f"{changed[0]} file than it was when the run began; begin again")
-    tally = progress.tally
+    tally = attempt.progress.tally
     if job.shard is not None:
         shard = ShardFile.of_run(
             writer,
             job.shard,
             tally=tally,
             settings={**settings, "--shard": job.shard.count},
-            part_lines=progress.part_lines,
+            part_lines=attempt.progress.part_lines,
             tokenizer=tokenizer,
             template=template,
         )
@@ -270,7 +268,7 @@ def _finish(
         return
     if not writer.counts.sessions:
         raise ConfigError(all_rejected(tally))
-    writer.describe(rejected=tally.rejected_counts(), inputs=describe_inputs(job.inputs))
+    writer.describe(rejected=tally.rejected_counts(), inputs=attempt.hashes.result())
     writer.finish()
 
 
@@ -279,9 +277,3 @@ def all_rejected(tally: Tally) -> str:
         f"all {tally.num_rejected:,} sessions were rejected, so there is nothing to write; "
         f"the first: {tally.first_message}"
     )
-
-
-def describe_inputs(paths: Sequence[str]) -> list[InputFile]:
-    """Size and hash of each file."""
-    with ThreadPoolExecutor(_HASHING_THREADS) as threads:
-        return list(threads.map(describe_input, paths))

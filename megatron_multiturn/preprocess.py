@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -143,15 +144,18 @@ def _phrasings(path: str) -> tuple[str, ...]:
         raise argparse.ArgumentTypeError(message) from None
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 0, or 1 with one line on stderr, and another if work was kept."""
+def main(argv: Sequence[str] | None = None, *, owns_process: bool = False) -> int:
+    """Run the command; 0, or 1 with one line on stderr, and another if work was kept.
+
+    owns_process: whether nothing else will be done in this process.
+    """
     args = build_parser().parse_args(argv)
     handler_before = signal.signal(signal.SIGTERM, _raise_exit)
     try:
         if args.dry_run is not None:
-            _show(args)
+            _show(args, owns_process)
         else:
-            _run(args)
+            _run(args, owns_process)
     except BrokenPipeError:  # a pager that was closed; Python would complain when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (MultiTurnError, OSError) as error:
@@ -188,19 +192,22 @@ def _say_what_is_kept(args: argparse.Namespace) -> None:
             )
 
 
-def _run(args: argparse.Namespace) -> None:
+def _run(args: argparse.Namespace, owns_process: bool) -> None:
     job = _job_of(args)
     with UnfinishedRun(job.prefix) as run:
         if not is_placing(run):
             check_outputs(job)
         _announce(job)
-        encoder, tokenizer = _build_encoder(args, job)
+        tokenizer = build_tokenizer(args, hides_torch=owns_process)
+        with ThreadPoolExecutor(1) as thread:  # it is gone before processes are forked
+            identity = thread.submit(tokenizer_fingerprint, tokenizer, args.tokenizer_type)
+            encoder = _build_encoder(args, job, tokenizer)
         template = encoder.template
         summary = preprocess_sessions(
             job,
             encoder,
             run,
-            tokenizer=tokenizer_fingerprint(tokenizer, args.tokenizer_type),
+            tokenizer=identity.result(),
             template=TemplateIdentity(name=template.name, content_hash=template.content_hash),
         )
     table = format_table(
@@ -215,13 +222,14 @@ def _run(args: argparse.Namespace) -> None:
     print(table)
 
 
-def _show(args: argparse.Namespace) -> None:
+def _show(args: argparse.Namespace, owns_process: bool) -> None:
     """--dry-run."""
     if args.dry_run < 1:
         raise ConfigError(f"--dry-run {args.dry_run}: show at least 1 session")
     job = _job_of(args)
     _announce(job)
-    encoder, tokenizer = _build_encoder(args, job)
+    tokenizer = build_tokenizer(args, hides_torch=owns_process)
+    encoder = _build_encoder(args, job, tokenizer)
     blocks = show_sessions(
         cut_shard(job.inputs, job.shard),
         args.dry_run,
@@ -274,9 +282,7 @@ def _announce(job: Job) -> None:
     print(f"preprocess: {what}; loading the tokenizer", file=sys.stderr, flush=True)
 
 
-def _build_encoder(args: argparse.Namespace, job: Job) -> tuple[SessionEncoder, Any]:
-    """The encoder, and Megatron's tokenizer."""
-    tokenizer = build_tokenizer(args)
+def _build_encoder(args: argparse.Namespace, job: Job, tokenizer: Any) -> SessionEncoder:
     vocabulary = open_vocabulary(tokenizer)
     template = build_template(args, vocabulary, tokenizer)
     engine, note = choose_engine(
@@ -284,7 +290,7 @@ def _build_encoder(args: argparse.Namespace, job: Job) -> tuple[SessionEncoder, 
     )
     if note:
         print(f"preprocess: {note}", file=sys.stderr, flush=True)
-    encoder = SessionEncoder(
+    return SessionEncoder(
         template,
         vocabulary,
         engine=engine,
@@ -293,12 +299,11 @@ def _build_encoder(args: argparse.Namespace, job: Job) -> tuple[SessionEncoder, 
         prompt_variants=args.prompt_variants and PromptVariants(args.prompt_variants, args.seed),
         literal_control_tokens=args.literal_control_tokens,
     )
-    return encoder, tokenizer
 
 
 def run_command() -> NoReturn:
     """The command by itself: ends at once, where Python would take seconds to tear itself down."""
-    code = main()
+    code = main(owns_process=True)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

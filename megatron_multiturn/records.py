@@ -37,7 +37,7 @@ from megatron_multiturn.record_blocks import (
 
 __all__ = ["RawRecord", "check_input_files", "is_cuttable", "read_blocks", "read_records"]
 
-_BLOCK_BYTES = 1 << 21
+_BLOCK_BYTES = 1 << 20
 _MAX_RECORD_CHARACTERS = 1 << 28  # one line is one session
 _WHITESPACE = b" \t\r\n"
 _PEEK_BYTES = 1 << 12

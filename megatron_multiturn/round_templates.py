@@ -1,7 +1,8 @@
 """Templates that write rounds of a question and an answer, as those of older chat models do."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from megatron_multiturn.errors import SessionError
 from megatron_multiturn.sessions import Message, Session
@@ -11,6 +12,8 @@ from megatron_multiturn.templates import (
     MessageParts,
     Part,
     Segment,
+    Unit,
+    UnitKey,
     group_parts,
     stripped_runs,
 )
@@ -35,24 +38,42 @@ class RoundTemplate(BuiltInTemplate):
     after_closing: str = ""  # context
 
     def write(self, session: Session) -> list[Segment]:
-        messages = list(session.messages)
+        return self._write(session.messages, session.location)
+
+    def units(self, roles: Sequence[str], answers: Sequence[bool]) -> list[Unit]:
+        """The rounds, each with its number; what follows the last answer is one too."""
+        ends = [index + 1 for index, role in enumerate(roles) if role == "assistant"]
+        if not ends or ends[-1] < len(roles):
+            ends.append(len(roles))
+        return [
+            ((number, tuple(roles[start:stop]), tuple(answers[start:stop])), stop - start)
+            for number, (start, stop) in enumerate(pairwise([0, *ends]), start=1)
+        ]
+
+    def write_unit(self, key: UnitKey, messages: Sequence[Message]) -> list[Segment]:
+        number: int = key[0]
+        segments = self._write(messages, "a round", number=number)
+        return self.with_opening(segments) if number == 1 else segments
+
+    def _write(self, given: Sequence[Message], location: str, *, number: int = 1) -> list[Segment]:
+        """The segments of rounds; number: of the first, before which there may be a head."""
+        messages = list(given)
         heads = []
-        while messages and messages[0].role == "system":
+        while number == 1 and messages and messages[0].role == "system":
             heads.append(self._text(messages.pop(0)))
-        system = "\n".join(heads) or self.default_system
+        system = "\n".join(heads) or (self.default_system if number == 1 else "")
         segments: list[Segment] = []
         if system and self.write_system is not None:
             segments += group_parts([(self.write_system(system), False)], leading=True)
             system = ""
-        number = 1
         question: list[str] = []
         for message in messages:
             if message.role != "assistant":
-                question.append(self._question_text(message, session))
+                question.append(self._question_text(message, location))
                 continue
             if not question:
                 raise SessionError(
-                    f"{session.location}: an answer stands where template {self.name!r} wants a "
+                    f"{location}: an answer stands where template {self.name!r} wants a "
                     "question: at the head, or after another answer; join answers that follow "
                     "each other, or use a template with roles, such as chatml",
                     reason="role-order",
@@ -68,10 +89,10 @@ class RoundTemplate(BuiltInTemplate):
         parts = self.write_question(number, system, "\n".join(texts))
         return group_parts([(part, False) for part in parts], leading=False)
 
-    def _question_text(self, message: Message, session: Session) -> str:
+    def _question_text(self, message: Message, location: str) -> str:
         if message.role == "tool":
             raise SessionError(
-                f"{session.location}: template {self.name!r} has no place for a message of the "
+                f"{location}: template {self.name!r} has no place for a message of the "
                 "role 'tool'; use --chat-template, or make it a user's message",
                 reason="unwritten-role",
             )

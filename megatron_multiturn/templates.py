@@ -14,10 +14,10 @@ of a long session. A `<s>` is left out if the vocabulary has none.
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from megatron_multiturn.errors import SessionError
 from megatron_multiturn.modes import CONTEXT, TARGET_BEGIN, TARGET_CONTINUE
@@ -65,6 +65,12 @@ class Document:
     history_rewritten: bool = False  # the session's later answers see earlier ones otherwise
 
 
+# Consecutive messages whose segments depend on nothing but their contents and a key, which is
+# hashable, and the template's own affair.
+UnitKey = Any
+Unit = tuple[UnitKey, int]  # (key, number of messages)
+
+
 class ChatTemplate(Protocol):
     """What encoding needs of a template."""
 
@@ -85,13 +91,6 @@ class ChatTemplate(Protocol):
         """Equal for templates that write alike."""
 
     @property
-    def depends_on_roles_alone(self) -> bool:
-        """Whether what it writes around the contents is known from the roles.
-
-        So it is for messages of a role and a content alone, in chats without tools or variables.
-        """
-
-    @property
     def trains_any_role(self) -> bool:
         """Whether it writes the messages of all roles alike, so that any can be trained on."""
 
@@ -105,8 +104,18 @@ class ChatTemplate(Protocol):
     def documents(self, session: Session) -> list[Document]:
         """The documents that a session becomes; SessionError if it cannot be written."""
 
+    def units(self, roles: Sequence[str], answers: Sequence[bool]) -> list[Unit] | None:
+        """The units of a chat; None if what is written around contents takes more than roles.
 
-# One message and the one after it (None at the end) -> its parts.
+        answers: whether each message is trained on. The messages have a role and a content alone,
+        and there are no tools or variables.
+        """
+
+    def write_unit(self, key: UnitKey, messages: Sequence[Message]) -> list[Segment]:
+        """The segments of a unit; SessionError if it cannot be written."""
+
+
+# One message and the one after it (None at the end), of which the role counts -> its parts.
 RenderMessage = Callable[[Message, Message | None], MessageParts]
 
 
@@ -119,10 +128,6 @@ class BuiltInTemplate(ABC):
     opening: tuple[Special, ...] = ()  # before the first message
     strips: bool = False  # white space around contents
     trains_any_role: bool = False  # else only the assistant's messages are closed as answers
-
-    @property
-    def depends_on_roles_alone(self) -> bool:
-        return True
 
     @property
     def opens_with_bos(self) -> bool:
@@ -144,11 +149,29 @@ class BuiltInTemplate(ABC):
         if session.plain:
             return render_plain(session)
         refuse_unwritten(session, self.name)
-        return _with_opening(self.opening, self.write(session))
+        return tuple(self.with_opening(self.write(session)))
+
+    def with_opening(self, segments: list[Segment]) -> list[Segment]:
+        """The segments of a chat, or of the head of one, and the opening before them."""
+        if not self.opening:
+            return segments
+        first = segments[0]
+        if not first.leading_system:
+            return [Segment(kind=CONTEXT, parts=self.opening, leading_system=True), *segments]
+        head = replace(first, parts=(*self.opening, *first.parts), starts_message=True)
+        return [head, *segments[1:]]
 
     @abstractmethod
     def write(self, session: Session) -> list[Segment]:
         """The segments of a chat, without the opening."""
+
+    @abstractmethod
+    def units(self, roles: Sequence[str], answers: Sequence[bool]) -> list[Unit]:
+        """As ChatTemplate has it."""
+
+    @abstractmethod
+    def write_unit(self, key: UnitKey, messages: Sequence[Message]) -> list[Segment]:
+        """As ChatTemplate has it."""
 
     def _probed(self, probe: Session) -> object:
         try:
@@ -168,10 +191,33 @@ class Template(BuiltInTemplate):
         leading = True
         for message, following in zip(session.messages, (*session.messages[1:], None), strict=True):
             leading = leading and message.role == "system"
-            segments += group_parts(
-                self.render_message(message, following), leading=leading, answer=message
-            )
+            segments += self._write_message(message, following, leading=leading)
         return segments
+
+    def units(self, roles: Sequence[str], answers: Sequence[bool]) -> list[Unit]:
+        """The messages, each with the role of the next, and whether it opens and leads."""
+        num_leading = 0
+        while num_leading < len(roles) and roles[num_leading] == "system":
+            num_leading += 1
+        following = [*zip(roles[1:], answers[1:], strict=True), None]
+        keys = zip(roles, answers, following, strict=True)
+        return [
+            ((role, answer, after, index < num_leading, index == 0), 1)
+            for index, (role, answer, after) in enumerate(keys)
+        ]
+
+    def write_unit(self, key: UnitKey, messages: Sequence[Message]) -> list[Segment]:
+        _, _, after, leading, opens = key
+        (message,) = messages
+        following = after and Message(role=after[0], content="", train=after[1])
+        segments = self._write_message(message, following, leading=leading)
+        return self.with_opening(segments) if opens else segments
+
+    def _write_message(
+        self, message: Message, following: Message | None, *, leading: bool
+    ) -> list[Segment]:
+        parts = self.render_message(message, following)
+        return group_parts(parts, leading=leading, answer=message)
 
 
 def rendering_text(segments: tuple[Segment, ...]) -> str:
@@ -283,18 +329,6 @@ def refuse_unwritten(session: Session, template: str) -> None:
             "tokenizer (or a file) for a template that does, or put it into the messages' content",
             reason=key.replace("_", "-"),
         )
-
-
-def _with_opening(opening: tuple[Special, ...], segments: list[Segment]) -> tuple[Segment, ...]:
-    if not opening:
-        return tuple(segments)
-    first = segments[0]
-    if not first.leading_system:
-        return (Segment(kind=CONTEXT, parts=opening, leading_system=True), *segments)
-    head = Segment(
-        kind=CONTEXT, parts=(*opening, *first.parts), starts_message=True, leading_system=True
-    )
-    return (head, *segments[1:])
 
 
 def _probe(*messages: Message, plain: bool = False) -> Session:

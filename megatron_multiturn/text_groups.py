@@ -50,6 +50,25 @@ def fill_text(fill: Fill, contents: Sequence[str]) -> str:
     return "".join([item if isinstance(item, str) else contents[item] for item in items])
 
 
+def fill_texts(fills: Sequence[Fill], contents: Sequence[str]) -> list[str]:
+    """As fill_text for each of them, without so many calls."""
+    return [
+        before + contents[slot] + after
+        if slot >= 0
+        else fill_text((before, slot, after, items), contents)
+        for before, slot, after, items in fills
+    ]
+
+
+def moved_fill(fill: Fill, offset: int) -> Fill:
+    """The fill with its slots numbered `offset` higher."""
+    before, slot, after, items = fill
+    if slot >= 0:
+        return before, slot + offset, after, ()
+    moved = [item if isinstance(item, str) else item + offset for item in items]
+    return before, slot, after, tuple(moved)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextGroup:
     """Text that is encoded as one; its pieces are those of different segments."""

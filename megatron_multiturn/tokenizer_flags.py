@@ -1,19 +1,20 @@
 """Megatron's tokenizer flags for our own commands, and the tokenizer that they describe."""
 
 import argparse
+import contextlib
 import logging
 import os
 import warnings
 from typing import Any
 
 from megatron_multiturn.errors import ConfigError
-
-TOKENIZER_TYPES = (
-    "SentencePieceTokenizer",
-    "GPTSentencePieceTokenizer",
-    "Llama2Tokenizer",
-    "HuggingFaceTokenizer",
+from megatron_multiturn.library_tokenizers import (
+    SENTENCEPIECE_TYPES,
+    hidden_torch,
+    make_library_tokenizer,
 )
+
+TOKENIZER_TYPES = (*SENTENCEPIECE_TYPES, "HuggingFaceTokenizer")
 
 
 def add_tokenizer_flags(parser: argparse.ArgumentParser, *, required: bool) -> None:
@@ -33,14 +34,39 @@ def add_tokenizer_flags(parser: argparse.ArgumentParser, *, required: bool) -> N
     group.add_argument("--trust-remote-code", action="store_true")
 
 
-def build_tokenizer(args: argparse.Namespace) -> Any:
-    """Megatron's tokenizer for the flags in `args`; ConfigError if it cannot be built."""
+def build_tokenizer(args: argparse.Namespace, *, hides_torch: bool = False) -> Any:
+    """The tokenizer for the flags in `args`: Megatron's, or what is alike and quicker to make.
+
+    hides_torch: from `transformers`, which in this process cannot use it any more then. Raises
+    ConfigError if the tokenizer cannot be built.
+    """
     if not os.path.exists(args.tokenizer_model) and args.tokenizer_type != "HuggingFaceTokenizer":
         raise ConfigError(f"--tokenizer-model {args.tokenizer_model}: no such file; correct it")
+    try:
+        with hidden_torch() if hides_torch else contextlib.nullcontext():
+            tokenizer = make_library_tokenizer(args)
+        return tokenizer or build_with_megatron(args)
+    except Exception as error:  # Megatron and the tokenizer libraries raise of every kind
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        remedy = "pass the model file that SentencePiece wrote"
+        if args.special_tokens and not args.tokenizer_sentencepiece_legacy:
+            remedy = "pass --tokenizer-sentencepiece-legacy too, which adds special tokens to it"
+        if args.tokenizer_type == "HuggingFaceTokenizer":
+            remedy = "pass a folder that holds tokenizer.json"
+            if not os.path.exists(args.tokenizer_model):
+                reason = f"there is no such folder here, and no hub gave it either ({reason})"
+        raise ConfigError(
+            f"the {args.tokenizer_type} of --tokenizer-model {args.tokenizer_model} cannot be "
+            f"built: {reason}; {remedy}"
+        ) from error
+
+
+def build_with_megatron(args: argparse.Namespace) -> Any:
+    """Megatron's own tokenizer for the flags in `args`; raises whatever Megatron raises."""
     with warnings.catch_warnings():  # Megatron warns of accelerators that only training misses
         warnings.simplefilter("ignore")
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-        # Takes seconds to import: not for --help or a mistyped file name.
+        # Takes seconds to import.
         from megatron_multiturn.megatron_compat import build_megatron_tokenizer
 
     # What else Megatron reads: only of use to training, or to other tokenizer types.
@@ -52,18 +78,4 @@ def build_tokenizer(args: argparse.Namespace) -> Any:
         "tokenizer_sentencepiece_ignore_extra_whitespaces": True,
         "rank": 0,
     }
-    try:
-        return build_megatron_tokenizer(argparse.Namespace(**(unused | vars(args))))
-    except Exception as error:  # Megatron and the tokenizer libraries raise of every kind
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        remedy = "pass the model file that SentencePiece wrote"
-        if args.special_tokens and not args.tokenizer_sentencepiece_legacy:
-            remedy = "pass --tokenizer-sentencepiece-legacy too, which adds special tokens to it"
-        if args.tokenizer_type == "HuggingFaceTokenizer":
-            remedy = "pass a folder that holds tokenizer.json"
-            if not os.path.exists(args.tokenizer_model):
-                reason = f"there is no such folder here, and no hub gave it either ({reason})"
-        raise ConfigError(
-            f"Megatron cannot build the {args.tokenizer_type} of --tokenizer-model "
-            f"{args.tokenizer_model}: {reason}; {remedy}"
-        ) from error
+    return build_megatron_tokenizer(argparse.Namespace(**(unused | vars(args))))

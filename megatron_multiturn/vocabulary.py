@@ -5,9 +5,13 @@ below Megatron's wrapper, because the wrapper encodes one text a call and adds s
 """
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from megatron_multiturn.control_tokens import ControlToken, is_marked
 from megatron_multiturn.errors import ConfigError
@@ -24,6 +28,9 @@ class Vocabulary(Protocol):
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, with no special token added and none read out of the text."""
 
+    def encode_flat(self, texts: Sequence[str]) -> tuple[NDArray[np.int32], list[int]]:
+        """(the ids of `encode` one after another, how many of each text)"""
+
     def encode_with_ends(self, text: str) -> tuple[list[int], list[int]] | None:
         """The ids of a text, and behind which character each token ends; None if not known.
 
@@ -32,6 +39,9 @@ class Vocabulary(Protocol):
 
     def decode(self, ids: Sequence[list[int]]) -> list[str]:
         """The text of each list of ids."""
+
+    def decode_flat(self, ids: NDArray[np.int32]) -> str:
+        """The text of ids (n,), as if of one text."""
 
     def id_of(self, token: str) -> int | None:
         """The id of a special token, None if it is not one token of the vocabulary."""
@@ -71,7 +81,7 @@ class SentencePieceVocabulary:
         self.bos_id = self._own_or("bos_token", wrapper, self._processor.bos_id())
         self.eos_id = self._own_or("eos_token", wrapper, self._processor.eos_id())
         self.unknown_id = _id_or_none(self._processor.unk_id())
-        if wrapper.removed_extra_spaces and not wrapper.ignore_extra_whitespaces:
+        if not wrapper.ignore_extra_whitespaces and wrapper.removed_extra_spaces:
             raise ConfigError(
                 "the tokenizer is told to keep extra white space that its model removes, which "
                 "only Megatron's wrapper can do, one text a call; leave out "
@@ -80,6 +90,12 @@ class SentencePieceVocabulary:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         return self._processor.encode(list(texts), num_threads=1)
+
+    def encode_flat(self, texts: Sequence[str]) -> tuple[NDArray[np.int32], list[int]]:
+        if not texts:
+            return np.zeros(0, dtype=np.int32), []
+        found = self._processor.encode(list(texts), num_threads=1, return_type="numpy")
+        return np.concatenate(found), list(map(len, found))
 
     def encode_with_ends(self, text: str) -> tuple[list[int], list[int]] | None:
         pieces = self._processor.encode(text, return_type="proto").pieces
@@ -99,6 +115,9 @@ class SentencePieceVocabulary:
 
     def decode(self, ids: Sequence[list[int]]) -> list[str]:
         return self._processor.decode(list(ids), num_threads=1)
+
+    def decode_flat(self, ids: NDArray[np.int32]) -> str:
+        return self._processor.decode(ids)
 
     def id_of(self, token: str) -> int | None:
         if token in self._added:
@@ -170,6 +189,12 @@ class HuggingFaceVocabulary:
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
+    def encode_flat(self, texts: Sequence[str]) -> tuple[NDArray[np.int32], list[int]]:
+        found = self.encode(texts)
+        lengths = list(map(len, found))
+        ids = np.fromiter(itertools.chain.from_iterable(found), np.int32, count=sum(lengths))
+        return ids, lengths
+
     def encode_with_ends(self, text: str) -> tuple[list[int], list[int]] | None:
         if self._backend is None:
             return None
@@ -181,6 +206,9 @@ class HuggingFaceVocabulary:
         if self._backend is not None:
             return self._backend.decode_batch(list(ids), skip_special_tokens=False)
         return [self._tokenizer.decode(one, clean_up_tokenization_spaces=False) for one in ids]
+
+    def decode_flat(self, ids: NDArray[np.int32]) -> str:
+        return self.decode([ids.tolist()])[0]
 
     def id_of(self, token: str) -> int | None:
         if self._backend is not None:
@@ -249,10 +277,8 @@ def tokenizer_fingerprint(tokenizer: Any, tokenizer_type: str) -> TokenizerIdent
     else:
         pieces = [(tokenizer.vocab_size, type(wrapper).__name__)]
         special = []
-    digest = hashlib.sha256()
-    for index, piece in pieces:
-        digest.update(f"{index}\t{piece}\0".encode("utf-8", "surrogatepass"))
-    digest.update(repr(special).encode())
+    content = "".join([f"{index}\t{piece}\0" for index, piece in pieces]) + repr(special)
+    digest = hashlib.sha256(content.encode("utf-8", "surrogatepass"))
     return TokenizerIdentity(
         type=tokenizer_type,
         vocab_size=int(tokenizer.vocab_size),

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_multiturn.messages import Message
 from megatron_multiturn.sessions import Session
-from megatron_multiturn.tokenizer_flags import add_tokenizer_flags, build_tokenizer
+from megatron_multiturn.tokenizer_flags import add_tokenizer_flags, build_with_megatron
 
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 
@@ -100,11 +100,11 @@ def train_hugging_face(folder: Path, **special: str) -> str:
 
 
 def megatron_tokenizer(tokenizer_type: str, model: str, *flags: str) -> Any:
-    """Megatron's tokenizer, as the commands build it."""
+    """Megatron's own tokenizer for the flags of the commands."""
     parser = argparse.ArgumentParser()
     add_tokenizer_flags(parser, required=True)
     given = ["--tokenizer-type", tokenizer_type, "--tokenizer-model", model, *flags]
-    return build_tokenizer(parser.parse_args(given))
+    return build_with_megatron(parser.parse_args(given))
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -293,7 +294,7 @@ class Fixed:
     name = "fixed"
     content_hash = ""
     specials = ()
-    opens_with_bos = depends_on_roles_alone = trains_any_role = strips = False
+    opens_with_bos = trains_any_role = strips = False
 
     def __init__(self, documents: list[list[Segment]]) -> None:
         self._documents = [Document(segments=tuple(segments)) for segments in documents]
@@ -303,6 +304,12 @@ class Fixed:
 
     def documents(self, session: Session) -> list[Document]:
         return self._documents if session.messages[0].content == "question 1" else []
+
+    def units(self, roles: Sequence[str], answers: Sequence[bool]) -> None:
+        return None
+
+    def write_unit(self, key: Any, messages: Sequence[Message]) -> list[Segment]:
+        raise AssertionError
 
 
 def test_the_documents_of_a_session_fail_together(

@@ -152,6 +152,23 @@ def test_memory_that_has_grown_is_given_back(
     assert kept == [True, True, True, True, False, True, True, True, True, False]
 
 
+def test_growth_is_left_to_who_asks(
+    byte_level: Vocabulary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = GigatokenEngine(byte_level)
+    engine.renews = False
+    monkeypatch.setattr(engines, "_MAX_GROWTH_BYTES", 100)
+    found = []
+    for held in (100, 150, 200, 200, 299, 301):
+        monkeypatch.setattr(engines, "_resident_bytes", lambda held=held: held)
+        backend = engine._backend
+        engine.encode(["a text"])
+        assert engine._backend is backend
+        found.append(engine.has_grown())
+    assert found == [False, False, False, False, False, True]
+    assert not ReferenceEngine(byte_level).has_grown()
+
+
 def test_a_model_that_gigatoken_cannot_take(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

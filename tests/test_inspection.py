@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from drawn_sessions import draw, segment_index, session_lengths
+from numpy.typing import NDArray
 
 from megatron_multiturn import inspection
 from megatron_multiturn.averages import LOSS_AVERAGES
@@ -43,6 +44,12 @@ class ByteVocabulary:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [list(text.encode()) for text in texts]
+
+    def encode_flat(self, texts: Sequence[str]) -> tuple[NDArray[np.int32], list[int]]:
+        raise NotImplementedError
+
+    def decode_flat(self, ids: NDArray[np.int32]) -> str:
+        raise NotImplementedError
 
     def encode_with_ends(self, text: str) -> tuple[list[int], list[int]] | None:
         raise NotImplementedError

@@ -13,7 +13,7 @@ from session_fixtures import (
     train_sentencepiece,
 )
 
-from megatron_multiturn import encoding
+from megatron_multiturn import encoding, message_layouts
 from megatron_multiturn.encoding import EncodedBatch, SessionEncoder
 from megatron_multiturn.engines import Engine, GigatokenEngine, ReferenceEngine
 from megatron_multiturn.errors import ConfigError
@@ -139,9 +139,10 @@ def test_layouts_are_used(
         if encoder is None:
             continue
         chat = PlainChat(("system", "user", "assistant"), ["s", "q", "a"], "x:1")
-        first = encoder.encode([chat])
         with monkeypatch.context() as patch:
             patch.setattr(type(TEMPLATES[template]), "documents", _fail)
+            first = encoder.encode([chat])
+            patch.setattr(type(TEMPLATES[template]), "write_unit", _fail)
             again = encoder.encode([chat._replace(contents=["t", "r", "b"])])
         assert first.modes.tolist() == again.modes.tolist()
         assert not np.array_equal(first.tokens, again.tokens)
@@ -151,16 +152,31 @@ def _fail(*_: object) -> None:
     raise AssertionError("rendered")
 
 
+@pytest.mark.parametrize("template", ["chatml", "firefly", "chatglm"])
 def test_the_layouts_kept_are_bounded(
-    vocabularies: dict[str, Vocabulary], monkeypatch: pytest.MonkeyPatch
+    vocabularies: dict[str, Vocabulary], template: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encoding, "_MAX_LAYOUTS", 3)
-    monkeypatch.setattr(encoding, "_MAX_LAYOUT_MESSAGES", 8)
-    encoder = SessionEncoder(TEMPLATES["chatml"], vocabularies["byte_level"])
+    monkeypatch.setattr(message_layouts, "_MAX_CHATS", 3)
+    monkeypatch.setattr(message_layouts, "_MAX_KEPT_MESSAGES", 8)
+
+    def units_of(encoder: SessionEncoder) -> set[Any]:
+        return {*encoder._message_layouts._ends, *encoder._message_layouts._layouts}
+
+    def fresh() -> SessionEncoder:
+        return SessionEncoder(TEMPLATES[template], vocabularies["byte_level"])
+
+    encoder, unbounded = fresh(), fresh()
     for length in range(1, 12):
-        roles = ("user", "assistant") * length
+        roles = ("user", *("user", "assistant")[length % 2 :], "assistant") * length
         chat = PlainChat(roles, ["x"] * len(roles), "x:1")
-        found = as_lists(encoder.encode([chat]))
+        unbounded.encode([chat])
+        alone = fresh()
+        alone.encode([chat])
+        with monkeypatch.context() as patch:
+            patch.setattr(message_layouts, "_MAX_UNITS", 1)
+            found = as_lists(encoder.encode([chat]))
         assert found == as_lists(encoder.encode([chat.session()]))
-        assert len(encoder._layouts) <= 3
-        assert all(len(kept) <= 8 for kept in encoder._layouts)
+        assert len(encoder._message_layouts._chats) <= 3
+        assert all(len(kept) <= 8 for kept in encoder._message_layouts._chats)
+        assert units_of(encoder) == units_of(alone)
+    assert units_of(unbounded) > units_of(alone)
