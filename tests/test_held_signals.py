@@ -14,10 +14,14 @@ from megatron_multiturn.held_signals import HeldSignals
 
 # Interrupts a pool at random moments, most of them while it forks its workers.
 INTERRUPTED_POOLS = """
-import os, random, signal, threading, time
+import os, random, signal, threading, time, types
 from megatron_multiturn.encoding_pool import encode_blocks
 
 class Sleeps:
+    # Every tenth block's process is the last of its kind, and forked anew.
+    engine = types.SimpleNamespace(renews=True, has_grown=lambda: random.random() < 0.1)
+    encoder = types.SimpleNamespace(engine=engine)
+
     def encode_block(self, block):
         time.sleep(0.01)
         return block
