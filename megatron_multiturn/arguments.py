@@ -10,7 +10,6 @@ from megatron_multiturn.windows import LONG_SESSION_POLICIES
 
 _EVAL_INTERVAL = 1000
 
-_LAYER_SPECS = "megatron_multiturn.layer_spec"
 PACKED_ATTENTION = ("auto", "te", "torch", "fa4")
 
 
@@ -105,15 +104,9 @@ def prepare_args(args: argparse.Namespace, *, on_cpu: bool) -> list[str]:
         notices += _fit_evaluation(args)
         args.calculate_per_token_loss = True
         args.create_attention_mask_in_dataloader = False
-        args.spec = layer_spec(args.packed_attention)
     if args.train_epochs is not None:
         notices.append(_set_training_length(args))
     return notices
-
-
-def layer_spec(packed_attention: str) -> list[str]:
-    """What `--spec` must be for `--packed-attention`: a module and a function of it."""
-    return [_LAYER_SPECS, f"{packed_attention}_layer_spec"]
 
 
 def _fit_kernels(args: argparse.Namespace, *, on_cpu: bool) -> list[str]:
@@ -186,7 +179,7 @@ def _set_training_length(args: argparse.Namespace) -> str:
 
     if args.data_path is not None and args.split is None:
         raise ConfigError("--train-epochs needs --split; pass --split 100,0,0 to train on all")
-    if args.global_batch_size is None and not args.step_batch_size_schedule:
+    if args.global_batch_size is None and not getattr(args, "step_batch_size_schedule", None):
         model_size = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
         data_parallel_size = args.world_size // (model_size * args.context_parallel_size)
         args.global_batch_size = args.micro_batch_size * data_parallel_size

@@ -151,7 +151,7 @@ def batch_schedule(args: argparse.Namespace) -> BatchSchedule:
 def dataset_config(args: argparse.Namespace) -> MultiTurnDatasetConfig:
     """The dataset's configuration from Megatron's arguments, to train with its tokenizer."""
     config = planning_config(args)
-    batch_sizes = [args.global_batch_size, args.eval_global_batch_size]
+    batch_sizes = [args.global_batch_size, megatron.evaluation_batch_sizes(args)[0]]
     batch_sizes += megatron.scheduled_batch_sizes(args)
     config.divisor_unit = largest_divisor_unit(
         args.loss_average, max(batch_sizes), args.seq_length, _turn_weights(config)
