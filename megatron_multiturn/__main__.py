@@ -6,10 +6,14 @@ is accepted, and those of `arguments.add_multiturn_args`.
 """
 
 import argparse
+import contextlib
 import functools
+import json
 import os
 import runpy
 import sys
+import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +30,19 @@ def main(argv: list[str] | None = None) -> None:
         rank = int(os.environ.get("RANK", "0"))
         if rank == 0 or not isinstance(error, ConfigError):
             print(f"megatron_multiturn: error on rank {rank}: {error}", file=sys.stderr, flush=True)
+        _tell_launcher(str(error))
         sys.exit(1)
+    except Exception as error:
+        _tell_launcher("".join(traceback.format_exception(error)))
+        raise
+
+
+def _tell_launcher(message: str) -> None:
+    """Leave the error where torchrun looks for it, to show that of the rank that failed first."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
+            json.dump({"message": message, "timestamp": int(time.time())}, file)
 
 
 def split_script(argv: list[str]) -> tuple[Path | None, list[str]]:
@@ -111,6 +127,7 @@ def _hook_megatron(*, on_cpu: bool, has_script: bool) -> None:
     megatron_hooks.skip_needless_compilation()
     megatron_hooks.hook_arguments(add_multiturn_args, prepare)
     megatron_hooks.hook_pretrain(functools.partial(_replacements, on_cpu=on_cpu))
+    megatron_hooks.hook_initialization(_check_data)
     megatron_hooks.hook_checkpoint_arguments(remember_checkpoint)
     megatron_hooks.hook_model(
         functools.partial(_adapt_layers, on_cpu=on_cpu), _adapt_mtp, roll_within_pieces
@@ -135,6 +152,15 @@ def _replacements(args: argparse.Namespace, *, on_cpu: bool) -> dict[str, Any]:
         "train_valid_test_dataset_provider": select_provider(args.dataset_provider),
         "forward_step_func": forward_step,
     }
+
+
+def _check_data() -> None:
+    from megatron_multiturn import megatron_compat
+    from megatron_multiturn.preflight import check_data
+
+    args = megatron_compat.get_args()
+    if args.dataset_provider == "multiturn":
+        check_data(args)
 
 
 def _adapt_layers(spec: Any, config: Any, vp_stage: int | None, *, on_cpu: bool) -> Any:

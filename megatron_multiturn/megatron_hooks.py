@@ -102,6 +102,25 @@ def hook_pretrain(replacements: Callable[[argparse.Namespace], dict[str, Any]]) 
     training.pretrain = training.training.pretrain = pretrain_with_ours
 
 
+def hook_initialization(then: Callable[[], None]) -> None:
+    """Call `then` as soon as `pretrain` has made the process groups and the tokenizer.
+
+    Patches `pretrain`'s own name for the function that makes them: nothing of a script's comes
+    between that and the model.
+    """
+    from megatron import training
+
+    initialize = training.training.initialize_megatron
+
+    @functools.wraps(initialize)
+    def initialize_and_look(*args: Any, **kwargs: Any) -> Any:
+        result = initialize(*args, **kwargs)
+        then()
+        return result
+
+    training.training.initialize_megatron = initialize_and_look
+
+
 def hook_checkpoint_arguments(look: ArgsHook) -> None:
     """Let `look` see the arguments kept in the checkpoint that a run goes on from.
 

@@ -41,6 +41,13 @@ def test_megatrons_own_provider_keeps_its_loss_and_layers(args: argparse.Namespa
     assert not args.calculate_per_token_loss
 
 
+def test_megatrons_own_provider_is_left_as_it_was(args: argparse.Namespace) -> None:
+    args.dataset_provider = "megatron"
+    before = copy.deepcopy(vars(args))
+    assert prepare_args(args, on_cpu=False) == []
+    assert vars(args) == before
+
+
 def test_what_a_checkpoint_brings_is_checked_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Megatron takes over a checkpoint's arguments between parsing and validation."""
     from megatron.training import arguments
@@ -157,8 +164,6 @@ def test_pieces_are_rounded_up_where_ranks_share_them(
         ([], {}, False, True),
         ([], {"bf16": True, "use_megatron_fsdp": True}, True, False),
         ([], {"bf16": True, "defer_embedding_wgrad_compute": True}, True, False),
-        ([], {"bf16": True, "dataset_provider": "megatron"}, False, False),
-        (["fused_weight_gradient_mlp_cuda"], {"dataset_provider": "megatron"}, False, True),
     ],
 )
 def test_what_is_fused_without_the_libraries_that_do_it(
