@@ -186,6 +186,7 @@ def _variant_flags(variant: str, args: argparse.Namespace, datasets: Datasets) -
         flags += ["--no-create-attention-mask-in-dataloader"]
         if args.transformer_impl == "local":
             flags += ["--spec", "whole_row_attention", "whole_row_layer_spec"]
+            flags += "--no-persist-layer-norm --no-rope-fusion --no-masked-softmax-fusion".split()
         return flags
     provider = "multiturn" if variant == "packed" else "padded_rows:one_piece_a_row"
     prefix = datasets.split if variant == "split" else datasets.sessions

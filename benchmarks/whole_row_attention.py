@@ -8,10 +8,11 @@ import functools
 from typing import Any
 
 import torch
+from megatron.training.models.gpt import default_layer_spec
 from torch import Tensor
 
 from megatron_multiturn.attention import PackedAttention, PackedRows, packed_rows
-from megatron_multiturn.layer_spec import packed_layer_spec
+from megatron_multiturn.layer_spec import adapt_layer_spec
 from megatron_multiturn.megatron_hooks import compile_rotary_embedding
 
 
@@ -41,9 +42,10 @@ def whole_rows(num_rows: int, sequence_length: int, device: torch.device) -> Pac
 
 
 def whole_row_layer_spec(model_config: Any, vp_stage: int | None = None) -> Any:
-    """`packed_layer_spec` with this attention, and with the plugin's rotary embedding."""
+    """Megatron's own layers with this attention, and with the plugin's rotary embedding."""
     compile_rotary_embedding()
-    block = packed_layer_spec(model_config, vp_stage, kernels="torch")
+    spec = default_layer_spec(model_config, vp_stage)
+    block = adapt_layer_spec(spec, model_config.transformer, vp_stage, kernels="torch")
     for layer in block.layer_specs:
         layer.submodules.self_attention.submodules.core_attention = WholeRowAttention
     return block

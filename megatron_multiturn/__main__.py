@@ -6,9 +6,14 @@ is accepted, and those of `arguments.add_multiturn_args`.
 """
 
 import argparse
+import contextlib
+import functools
+import json
 import os
 import runpy
 import sys
+import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +30,19 @@ def main(argv: list[str] | None = None) -> None:
         rank = int(os.environ.get("RANK", "0"))
         if rank == 0 or not isinstance(error, ConfigError):
             print(f"megatron_multiturn: error on rank {rank}: {error}", file=sys.stderr, flush=True)
+        _tell_launcher(str(error))
         sys.exit(1)
+    except Exception as error:
+        _tell_launcher("".join(traceback.format_exception(error)))
+        raise
+
+
+def _tell_launcher(message: str) -> None:
+    """Leave the error where torchrun looks for it, to show that of the rank that failed first."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
+            json.dump({"message": message, "timestamp": int(time.time())}, file)
 
 
 def split_script(argv: list[str]) -> tuple[Path | None, list[str]]:
@@ -84,9 +101,8 @@ def _print_help() -> None:
 
 
 def _hook_megatron(*, on_cpu: bool, has_script: bool) -> None:
-    from megatron_multiturn import megatron_compat, megatron_hooks
-    from megatron_multiturn.arguments import add_multiturn_args, has_apex, prepare_args
-    from megatron_multiturn.layer_spec import adapt_mtp_spec
+    from megatron_multiturn import megatron_hooks
+    from megatron_multiturn.arguments import add_multiturn_args, prepare_args
     from megatron_multiturn.loss import COUNTS
     from megatron_multiturn.mtp import roll_within_pieces
     from megatron_multiturn.resume import remember_checkpoint
@@ -103,38 +119,69 @@ def _hook_megatron(*, on_cpu: bool, has_script: bool) -> None:
             if args.rank == 0:
                 print(f"megatron_multiturn: {notice}", flush=True)
 
-    def replacements() -> dict[str, Any]:
-        args = megatron_compat.get_args()
-        if args.dataset_provider == "megatron":
-            return {}
-        if not on_cpu:
-            megatron_hooks.compile_rotary_embedding()
-            if args.gradient_accumulation_fusion and not has_apex():
-                megatron_hooks.fuse_gradient_accumulation()
-        from megatron_multiturn.forward import forward_step
-        from megatron_multiturn.provider import select_provider
-
-        return {
-            "train_valid_test_dataset_provider": select_provider(args.dataset_provider),
-            "forward_step_func": forward_step,
-        }
-
     def epoch_of(num_rows: int) -> float | None:
         from megatron_multiturn.provider import training_epoch
 
         return training_epoch(num_rows)
 
-    def adapt_mtp(block: Any, transformer_impl: str) -> None:
-        args = megatron_compat.get_args()
-        if args.dataset_provider != "megatron":
-            adapt_mtp_spec(block, transformer_impl, args.packed_attention)
-
     megatron_hooks.skip_needless_compilation()
     megatron_hooks.hook_arguments(add_multiturn_args, prepare)
-    megatron_hooks.hook_pretrain(replacements)
+    megatron_hooks.hook_pretrain(functools.partial(_replacements, on_cpu=on_cpu))
+    megatron_hooks.hook_initialization(_check_data)
     megatron_hooks.hook_checkpoint_arguments(remember_checkpoint)
-    megatron_hooks.hook_mtp(adapt_mtp, roll_within_pieces)
+    megatron_hooks.hook_model(
+        functools.partial(_adapt_layers, on_cpu=on_cpu), _adapt_mtp, roll_within_pieces
+    )
     megatron_hooks.hook_log_lines(COUNTS, epoch_of)
+
+
+def _replacements(args: argparse.Namespace, *, on_cpu: bool) -> dict[str, Any]:
+    """What `pretrain` gets in place of the script's."""
+    if args.dataset_provider == "megatron":
+        return {}
+    from megatron_multiturn import megatron_hooks
+    from megatron_multiturn.arguments import has_apex
+    from megatron_multiturn.forward import forward_step
+    from megatron_multiturn.provider import select_provider
+
+    if not on_cpu:
+        megatron_hooks.compile_rotary_embedding()
+        if args.gradient_accumulation_fusion and not has_apex():
+            megatron_hooks.fuse_gradient_accumulation()
+    return {
+        "train_valid_test_dataset_provider": select_provider(args.dataset_provider),
+        "forward_step_func": forward_step,
+    }
+
+
+def _check_data() -> None:
+    from megatron_multiturn import megatron_compat
+    from megatron_multiturn.preflight import check_data
+
+    args = megatron_compat.get_args()
+    if args.dataset_provider == "multiturn":
+        check_data(args)
+
+
+def _adapt_layers(spec: Any, config: Any, vp_stage: int | None, *, on_cpu: bool) -> Any:
+    from megatron_multiturn import megatron_compat
+    from megatron_multiturn.layer_spec import adapt_layer_spec
+
+    args = megatron_compat.get_args()
+    if args.dataset_provider == "megatron":
+        return spec
+    if on_cpu:
+        megatron_compat.keep_what_is_sent(config)
+    return adapt_layer_spec(spec, config, vp_stage, kernels=args.packed_attention)
+
+
+def _adapt_mtp(block: Any, config: Any) -> None:
+    from megatron_multiturn import megatron_compat
+    from megatron_multiturn.layer_spec import adapt_mtp_spec
+
+    args = megatron_compat.get_args()
+    if args.dataset_provider != "megatron":
+        adapt_mtp_spec(block, config, kernels=args.packed_attention)
 
 
 if __name__ == "__main__":

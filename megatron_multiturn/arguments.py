@@ -4,25 +4,27 @@ import argparse
 import importlib.util
 
 from megatron_multiturn.errors import ConfigError
+from megatron_multiturn.provider_names import PROVIDERS_GROUP, registered_providers
 from megatron_multiturn.refusals import check_args
 from megatron_multiturn.samples import LOSS_AVERAGES
 from megatron_multiturn.windows import LONG_SESSION_POLICIES
 
 _EVAL_INTERVAL = 1000
 
-_LAYER_SPECS = "megatron_multiturn.layer_spec"
 PACKED_ATTENTION = ("auto", "te", "torch", "fa4")
 
 
 def add_multiturn_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the plugin's flags to Megatron's parser; returns the parser, as Megatron expects."""
     group = parser.add_argument_group(title="multi-turn sessions")
+    registered = [point.name for point in registered_providers()]
     group.add_argument(
         "--dataset-provider",
         default="multiturn",
-        metavar="{multiturn,megatron,MODULE:FUNCTION}",
+        metavar=f"{{{','.join(['multiturn', 'megatron', *registered, 'MODULE:FUNCTION'])}}}",
         help="multiturn: packed sessions and the plugin's loss (default). megatron: the script's "
-        "own datasets and loss, untouched. MODULE:FUNCTION: a provider with the signature of "
+        "own datasets and loss, untouched. MODULE:FUNCTION, or the name of an entry point in the "
+        f"group {PROVIDERS_GROUP}: a provider with the signature of "
         "train_valid_test_datasets_provider whose rows keep the sample contract.",
     )
     group.add_argument(
@@ -90,6 +92,8 @@ def prepare_args(args: argparse.Namespace, *, on_cpu: bool) -> list[str]:
     (--use-checkpoint-args) have taken their places. Returns a line for each thing that was changed,
     to be shown to the user. Raises ConfigError for what cannot be trained truthfully.
     """
+    if args.dataset_provider == "megatron" and args.train_epochs is None and not on_cpu:
+        return []  # the script as it was
     notices = _fit_to_machine(args, on_cpu=on_cpu)
     if args.eval_interval is None:
         # Megatron divides by it, evaluation or not.
@@ -105,15 +109,9 @@ def prepare_args(args: argparse.Namespace, *, on_cpu: bool) -> list[str]:
         notices += _fit_evaluation(args)
         args.calculate_per_token_loss = True
         args.create_attention_mask_in_dataloader = False
-        args.spec = layer_spec(args.packed_attention)
     if args.train_epochs is not None:
         notices.append(_set_training_length(args))
     return notices
-
-
-def layer_spec(packed_attention: str) -> list[str]:
-    """What `--spec` must be for `--packed-attention`: a module and a function of it."""
-    return [_LAYER_SPECS, f"{packed_attention}_layer_spec"]
 
 
 def _fit_kernels(args: argparse.Namespace, *, on_cpu: bool) -> list[str]:
@@ -186,7 +184,7 @@ def _set_training_length(args: argparse.Namespace) -> str:
 
     if args.data_path is not None and args.split is None:
         raise ConfigError("--train-epochs needs --split; pass --split 100,0,0 to train on all")
-    if args.global_batch_size is None and not args.step_batch_size_schedule:
+    if args.global_batch_size is None and not getattr(args, "step_batch_size_schedule", None):
         model_size = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
         data_parallel_size = args.world_size // (model_size * args.context_parallel_size)
         args.global_batch_size = args.micro_batch_size * data_parallel_size
@@ -204,9 +202,8 @@ def _fit_to_machine(args: argparse.Namespace, *, on_cpu: bool) -> list[str]:
         args.no_persist_layer_norm = True
         args.apply_rope_fusion = False
         args.masked_softmax_fusion = False
-    # Without Apex the runner has another way, for its own provider's runs on GPUs.
-    stock = args.dataset_provider == "megatron"
-    other_way = not (stock or args.use_megatron_fsdp or args.defer_embedding_wgrad_compute)
+    # Without Apex the runner has another way.
+    other_way = not (args.use_megatron_fsdp or args.defer_embedding_wgrad_compute)
     fusible = not on_cpu and (has_apex() or other_way)
     if args.gradient_accumulation_fusion and not fusible:
         args.gradient_accumulation_fusion = False

@@ -73,7 +73,7 @@ def packed_rows(
     planned_length = min(1 << (max(lengths) - 1).bit_length(), host_boundaries[-1])
     ends = boundaries[-1:].expand(planned_pieces - len(lengths))
     on_device = to_device(torch.cat([boundaries, ends]), device)
-    planned = PackedSeqParams(
+    planned = megatron.packed_seq_params(
         qkv_format="thd",
         cu_seqlens_q=on_device,
         cu_seqlens_kv=on_device,

@@ -63,8 +63,8 @@ ATTENTION_REFUSALS = (
     # Attention that ignores the boundaries of pieces.
     Refusal(
         "--spec",
-        lambda a: a.spec is not None and not " ".join(a.spec).startswith("megatron_multiturn."),
-        "only the plugin's own layer spec is known to keep the pieces of a row apart",
+        lambda a: a.spec is not None,
+        "only Megatron's own layers are known to keep the pieces of a row apart",
         OWN_LOSS,
     ),
     Refusal(

@@ -169,17 +169,7 @@ def _plan(
     config: MultiTurnDatasetConfig,
 ) -> PackPlan:
     """The cached plan of at least `num_samples` rows over `sessions`, or a new one."""
-    key = PlanKey(
-        dataset_hash=store.manifest.idx_sha256,
-        sessions=(sessions.start, sessions.stop),
-        num_samples=num_samples,
-        seed=config.random_seed,
-        sequence_length=config.sequence_length,
-        piece_multiple=config.piece_multiple,
-        long_session=config.long_session,
-        session_window=config.session_window,
-        window_context=config.window_context,
-    )
+    key = _plan_key(store, sessions, num_samples, config)
     folder = config.path_to_cache or f"{store.local_prefix}.plans"
     split = f"{split_name} split of {store.prefix}"
     doing = f"plan the {split}, {len(sessions):,} sessions"
@@ -200,6 +190,32 @@ def _plan(
             flush=True,
         )
     return found.plan
+
+
+def check_sessions(
+    store: SessionStore, sessions: range, split_name: str, config: MultiTurnDatasetConfig
+) -> None:
+    """Raise DatasetError if none of the sessions of a split fits a row, or one that must does not.
+
+    What is raised when the rows are planned, without planning them.
+    """
+    _cut(store, sessions, _plan_key(store, sessions, None, config), split_name)
+
+
+def _plan_key(
+    store: SessionStore, sessions: range, num_samples: int | None, config: MultiTurnDatasetConfig
+) -> PlanKey:
+    return PlanKey(
+        dataset_hash=store.manifest.idx_sha256,
+        sessions=(sessions.start, sessions.stop),
+        num_samples=num_samples,
+        seed=config.random_seed,
+        sequence_length=config.sequence_length,
+        piece_multiple=config.piece_multiple,
+        long_session=config.long_session,
+        session_window=config.session_window,
+        window_context=config.window_context,
+    )
 
 
 def _speaks() -> bool:

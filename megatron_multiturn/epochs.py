@@ -16,6 +16,7 @@ from megatron_multiturn.batches import BatchSchedule
 from megatron_multiturn.blends import leaves_of
 from megatron_multiturn.dataset import MultiTurnDataset, MultiTurnDatasetConfig
 from megatron_multiturn.errors import ConfigError
+from megatron_multiturn.store import SessionStore
 
 
 def set_training_length(
@@ -89,16 +90,20 @@ def describe_length(rows: Any, num_rows: int, consumed: int) -> str:
     return "; ".join(lines)
 
 
-def _one_epoch(config: MultiTurnDatasetConfig, prefixes: Sequence[str]) -> list[MultiTurnDataset]:
-    """The training split of every dataset, one epoch of it, before there are process groups."""
+def training_sessions(store: SessionStore, config: MultiTurnDatasetConfig) -> range:
+    """Which sessions of a dataset are trained on."""
     begin, end = 0.0, 1.0
     if config.blend_per_split is None:
         begin, end = config.split_matrix[Split.train.value] or (0.0, 0.0)
+    # Rounded as by Megatron's builder.
+    return range(*(round(share * float(store.num_sessions)) for share in (begin, end)))
+
+
+def _one_epoch(config: MultiTurnDatasetConfig, prefixes: Sequence[str]) -> list[MultiTurnDataset]:
+    """The training split of every dataset, one epoch of it, before there are process groups."""
     datasets = []
     for prefix in prefixes:
         store = MultiTurnDataset.build_low_level_dataset(prefix, config)
-        # Rounded as by Megatron's builder.
-        first, stop = (round(share * float(store.num_sessions)) for share in (begin, end))
-        indices = np.arange(first, stop, dtype=np.int32)
+        indices = np.array(training_sessions(store, config), dtype=np.int32)
         datasets.append(MultiTurnDataset(store, prefix, indices, None, Split.train, config))
     return datasets

@@ -87,7 +87,7 @@ def _next_batch(
     batch = broadcast_rows(
         _next_rows(data_iterator, model, args),
         row_shape(),
-        args.micro_batch_size if model.training else args.eval_micro_batch_size,
+        args.micro_batch_size if model.training else megatron.evaluation_batch_sizes(args)[1],
         tp_group=megatron.tensor_parallel_group(),
         host_group=megatron.tensor_parallel_host_group(),
         tp_source_rank=megatron.tensor_parallel_source_rank(),
@@ -129,6 +129,7 @@ def _share_of_global_batch(model: Any, args: argparse.Namespace, *, device: Any)
     if model.training:
         num_micro_batches = megatron.num_micro_batches() * megatron.data_parallel_size()
     else:
-        num_micro_batches = args.eval_global_batch_size // args.eval_micro_batch_size
+        batch_size, micro_batch_size = megatron.evaluation_batch_sizes(args)
+        num_micro_batches = batch_size // micro_batch_size
     share = 0.0 if megatron.context_parallel_group().rank() else 1 / num_micro_batches
     return torch.full((), share, dtype=torch.float64, device=device)

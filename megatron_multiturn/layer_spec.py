@@ -1,6 +1,7 @@
 """Megatron's own layers with packed attention in them, and norms that know sequence parallelism.
 
-Installed by `--spec megatron_multiturn.layer_spec FUNCTION`, one of those at the end.
+The spec of the layers that Megatron is about to build is changed, see `megatron_hooks.hook_model`.
+`--spec` would do for some versions only, and would stand in the checkpoint.
 """
 
 from typing import Any
@@ -36,24 +37,26 @@ class PackedNorm:
         return norm
 
 
-def packed_layer_spec(model_config: Any, vp_stage: int | None = None, *, kernels: str) -> Any:
-    """The spec of this pipeline stage's layers for Megatron's `GPTModelConfig`.
+def adapt_layer_spec(spec: Any, config: Any, vp_stage: int | None, *, kernels: str) -> Any:
+    """The spec of this pipeline stage's layers with packed attention in it.
 
+    spec: Megatron's, of one layer or of a block; its layers are changed in place.
+    config: the model's `TransformerConfig`.
     kernels: of attention, see `PackedAttention`.
     """
-    block = megatron.default_block_spec(model_config, vp_stage)
+    block = megatron.block_spec(spec, config, vp_stage)
     for layer in block.layer_specs:
-        _keep_pieces_apart(layer, model_config.transformer_impl, kernels)
-    if model_config.transformer_impl == "local":
+        _keep_pieces_apart(layer, config.transformer_impl, kernels)
+    if config.transformer_impl == "local":
         block.layer_norm = PackedNorm
     return block
 
 
-def adapt_mtp_spec(block: Any, transformer_impl: str, kernels: str) -> None:
+def adapt_mtp_spec(block: Any, config: Any, *, kernels: str) -> None:
     """The same, in place, for Megatron's spec of multi-token prediction layers."""
     for layer in block.layer_specs:
-        _keep_pieces_apart(layer.submodules.mtp_model_layer, transformer_impl, kernels)
-        if transformer_impl == "local":
+        _keep_pieces_apart(layer.submodules.mtp_model_layer, config.transformer_impl, kernels)
+        if config.transformer_impl == "local":
             layer.submodules.enorm = layer.submodules.hnorm = PackedNorm
             layer.submodules.layer_norm = PackedNorm
 
@@ -68,26 +71,3 @@ def _keep_pieces_apart(layer: Any, transformer_impl: str, kernels: str) -> None:
             # Else it is the identity, or an L2 norm, which has no parameters.
             if getattr(attention, name) in megatron.local_norms():
                 setattr(attention, name, PackedNorm)
-
-
-# What `--spec` can name, which hands over no choice.
-
-
-def auto_layer_spec(model_config: Any, vp_stage: int | None = None) -> Any:
-    """`packed_layer_spec` for `--packed-attention auto`."""
-    return packed_layer_spec(model_config, vp_stage, kernels="auto")
-
-
-def fa4_layer_spec(model_config: Any, vp_stage: int | None = None) -> Any:
-    """`packed_layer_spec` for `--packed-attention fa4`."""
-    return packed_layer_spec(model_config, vp_stage, kernels="fa4")
-
-
-def te_layer_spec(model_config: Any, vp_stage: int | None = None) -> Any:
-    """`packed_layer_spec` for `--packed-attention te`."""
-    return packed_layer_spec(model_config, vp_stage, kernels="te")
-
-
-def torch_layer_spec(model_config: Any, vp_stage: int | None = None) -> Any:
-    """`packed_layer_spec` for `--packed-attention torch`."""
-    return packed_layer_spec(model_config, vp_stage, kernels="torch")

@@ -2,11 +2,12 @@
 
 The other modules take Megatron's datasets, tokenizers and runtime from here, so that a new
 Megatron is this file's work, and that of `megatron_hooks`, which changes Megatron. Supported:
-megatron-core 0.19 and later. What only training needs is imported when it is called:
+megatron-core 0.17 and later. What only training needs is imported when it is called:
 preprocessing must start quickly in every worker.
 """
 
 import argparse
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -70,6 +71,19 @@ def get_args() -> argparse.Namespace:
     return get_args()
 
 
+def parsed_args(add_args: Callable[..., Any] | None) -> argparse.Namespace:
+    """Megatron's arguments when a script calls `pretrain`.
+
+    add_args: the script's own `extra_args_provider`. Before 0.18 it is `pretrain` that parses, so
+        they are parsed here once more.
+    """
+    from megatron.training import arguments, global_vars
+
+    if global_vars._GLOBAL_ARGS is not None:
+        return get_args()
+    return arguments.parse_args(add_args)
+
+
 def get_timers() -> Any:
     """Megatron's timers."""
     from megatron.training import get_timers
@@ -111,6 +125,16 @@ def batch_size_thresholds(args: argparse.Namespace) -> list[tuple[int, int]]:
 
     parse = StepBatchsizeNumMicroBatchesCalculator._parse_schedule
     return parse(args.step_batch_size_schedule, args.seq_length)
+
+
+def evaluation_batch_sizes(args: argparse.Namespace) -> tuple[int, int]:
+    """Rows of a global batch and of a micro-batch in evaluation.
+
+    Before 0.18 they are those of training.
+    """
+    if not hasattr(args, "eval_global_batch_size"):
+        return args.global_batch_size, args.micro_batch_size
+    return args.eval_global_batch_size, args.eval_micro_batch_size
 
 
 def tensor_parallel_group() -> Any:
@@ -213,6 +237,38 @@ def routers(model: Any) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, Router)]
 
 
+def scale_auxiliary_losses(config: Any, scale: Callable[[], torch.Tensor]) -> None:
+    """Let `scale` give the factor of the routers' losses before each backward pass.
+
+    Before 0.19 the configuration has no place for it, and the function that Megatron hands its own
+    factor to is replaced.
+    """
+    if hasattr(config, "moe_grad_scale_func"):
+        config.moe_grad_scale_func = scale
+        return
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    set_loss_scale = _own_set_loss_scale()
+    MoEAuxLossAutoScaler.set_loss_scale = staticmethod(lambda _: set_loss_scale(scale()))
+
+
+@functools.cache
+def _own_set_loss_scale() -> Callable[[torch.Tensor], None]:
+    """Megatron's own function, before it is replaced."""
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    setter: Callable[[torch.Tensor], None] = MoEAuxLossAutoScaler.set_loss_scale
+    return setter
+
+
+def packed_seq_params(**fields: Any) -> Any:
+    """Megatron's `PackedSeqParams` of those fields that this version has."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    known = {field.name for field in dataclasses.fields(PackedSeqParams)}
+    return PackedSeqParams(**{name: fields[name] for name in known & fields.keys()})
+
+
 def attention_window(config: Any, layer_number: int) -> int | None:
     """How many earlier positions a query of this layer sees; None: all."""
     from megatron.core.transformer.utils import is_layer_window_attention
@@ -232,6 +288,22 @@ def te_attention_class() -> Any:
     return TEDotProductAttention
 
 
+def keep_what_is_sent(config: Any) -> None:
+    """Let outputs live that gloo may still be sending to the next pipeline stage.
+
+    0.17 frees them at once with virtual stages, which on a CPU sends what comes to lie there.
+    """
+    if is_older_than(0, 18):
+        config.deallocate_pipeline_outputs = False
+
+
+def is_older_than(major: int, minor: int) -> bool:
+    """Whether the Megatron that runs is of an earlier version."""
+    from megatron.core.package_info import MAJOR, MINOR
+
+    return (int(MAJOR), int(MINOR)) < (major, minor)
+
+
 def local_norms() -> tuple[type, ...]:
     """The classes that Megatron's layer specs without Transformer Engine name for norms."""
     from megatron.core.models import backends
@@ -239,15 +311,13 @@ def local_norms() -> tuple[type, ...]:
     return tuple(filter(None, (backends.WrappedTorchNorm, backends.FusedLayerNorm)))
 
 
-def default_block_spec(model_config: Any, vp_stage: int | None) -> Any:
-    """Megatron's own spec of the layers of this rank, as a block: `layer_specs`, `layer_norm`."""
+def block_spec(spec: Any, config: Any, vp_stage: int | None) -> Any:
+    """A spec of Megatron's for the layers of this rank as a block: `layer_specs`, `layer_norm`."""
     from megatron.core.transformer import transformer_block
-    from megatron.training.models.gpt import default_layer_spec
 
-    spec = default_layer_spec(model_config, vp_stage)
     if hasattr(spec, "layer_specs"):
         return spec
-    num_layers = transformer_block.get_num_layers_to_build(model_config.transformer, vp_stage)
+    num_layers = transformer_block.get_num_layers_to_build(config, vp_stage)
     return transformer_block.TransformerBlockSubmodules(
         layer_specs=[spec] * num_layers, layer_norm=transformer_block.LayerNormImpl
     )

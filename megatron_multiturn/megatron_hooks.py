@@ -17,10 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_multiturn import megatron_compat
 from megatron_multiturn.errors import ConfigError
 
 ArgsHook = Callable[[argparse.Namespace], None]
 ParserHook = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
+
+_originals: dict[str, Any] = {}  # Megatron's own, of what `hook_model` has patched
 
 
 def skip_needless_compilation() -> None:
@@ -48,11 +51,11 @@ def hook_arguments(add_args: ParserHook, prepare: ArgsHook) -> None:
     """Let Megatron's parser know our flags, and `prepare` see the arguments before validation.
 
     Patches `parse_args` and `validate_args` of `megatron.training.arguments`: scripts parse by
-    functions of that module which offer a caller no other way in. In between Megatron may take
-    over arguments of a checkpoint. A YAML configuration is validated elsewhere, so `prepare`
-    sees it at once.
+    functions of that module which offer a caller no other way in, and before 0.18 Megatron by its
+    own names for them. In between Megatron may take over arguments of a checkpoint. A YAML
+    configuration is validated elsewhere, so `prepare` sees it at once.
     """
-    from megatron.training import arguments
+    from megatron.training import arguments, initialize
 
     parse_args, validate_args = arguments.parse_args, arguments.validate_args
 
@@ -74,14 +77,15 @@ def hook_arguments(add_args: ParserHook, prepare: ArgsHook) -> None:
         prepare(parsed)
         return validate_args(parsed, *args, **kwargs)
 
-    arguments.parse_args = parse_args_with_ours
-    arguments.validate_args = validate_prepared_args
+    for module in (arguments, initialize):
+        if hasattr(module, "parse_args"):
+            module.parse_args, module.validate_args = parse_args_with_ours, validate_prepared_args
 
 
-def hook_pretrain(replacements: Callable[[], dict[str, Any]]) -> None:
+def hook_pretrain(replacements: Callable[[argparse.Namespace], dict[str, Any]]) -> None:
     """Hand `pretrain` our arguments by parameter name, whatever its signature in this version.
 
-    replacements: called when the script calls `pretrain`, with arguments parsed; the values
+    replacements: called with Megatron's arguments when the script calls `pretrain`; the values
         take the place of the script's.
     """
     from megatron import training
@@ -91,10 +95,30 @@ def hook_pretrain(replacements: Callable[[], dict[str, Any]]) -> None:
     @functools.wraps(pretrain)
     def pretrain_with_ours(*args: Any, **kwargs: Any) -> Any:
         bound = inspect.signature(pretrain).bind(*args, **kwargs)
-        bound.arguments.update(replacements())
+        args_of_script = bound.arguments.get("extra_args_provider")
+        bound.arguments.update(replacements(megatron_compat.parsed_args(args_of_script)))
         return pretrain(*bound.args, **bound.kwargs)
 
     training.pretrain = training.training.pretrain = pretrain_with_ours
+
+
+def hook_initialization(then: Callable[[], None]) -> None:
+    """Call `then` as soon as `pretrain` has made the process groups and the tokenizer.
+
+    Patches `pretrain`'s own name for the function that makes them: nothing of a script's comes
+    between that and the model.
+    """
+    from megatron import training
+
+    initialize = training.training.initialize_megatron
+
+    @functools.wraps(initialize)
+    def initialize_and_look(*args: Any, **kwargs: Any) -> Any:
+        result = initialize(*args, **kwargs)
+        then()
+        return result
+
+    training.training.initialize_megatron = initialize_and_look
 
 
 def hook_checkpoint_arguments(look: ArgsHook) -> None:
@@ -115,30 +139,42 @@ def hook_checkpoint_arguments(look: ArgsHook) -> None:
     checkpointing.check_checkpoint_args = look_and_check
 
 
-def hook_mtp(adapt_spec: Callable[[Any, str], None], roll: Callable[..., Any]) -> None:
-    """Let multi-token prediction keep pieces apart.
+def hook_model(
+    adapt_spec: Callable[[Any, Any, int | None], Any],
+    adapt_mtp_spec: Callable[[Any, Any], None],
+    roll: Callable[..., Any],
+) -> None:
+    """Let the GPT that Megatron builds keep the pieces of a row apart.
 
-    adapt_spec: changes the spec of its layers in place; called with it and `transformer_impl`.
+    adapt_spec: returns the spec to build its layers by; called with Megatron's, the model's
+        `TransformerConfig` and the virtual pipeline stage.
+    adapt_mtp_spec: changes the spec of its multi-token prediction layers in place; called with it
+        and the configuration.
     roll: takes the place of Megatron's shift by one position, called with a tensor and the
         `packed_seq_params` of a forward step, where these are ours (`piece_boundaries`).
 
-    Patches two functions: `--spec` does not reach these layers, and the shift for packed rows
-    takes one row and synchronizes once a piece.
+    Patches the model's constructor, which takes the specs in every version and from any script,
+    and the shift, whose own version for packed rows takes one row and synchronizes once a piece.
+    A later call takes the place of an earlier one.
     """
-    from megatron.core.models.gpt import gpt_layer_specs
+    from megatron.core.models.gpt import GPTModel
     from megatron.core.transformer import multi_token_prediction
 
-    get_spec, roll_tensor = (
-        gpt_layer_specs.get_gpt_mtp_block_spec,
-        multi_token_prediction.roll_tensor,
-    )
+    build = _originals.setdefault("GPTModel", GPTModel.__init__)
+    roll_tensor = _originals.setdefault("roll_tensor", multi_token_prediction.roll_tensor)
 
-    @functools.wraps(get_spec)
-    def get_adapted_spec(config: Any, *args: Any, **kwargs: Any) -> Any:
-        block = get_spec(config, *args, **kwargs)
-        if block is not None:
-            adapt_spec(block, config.transformer_impl)
-        return block
+    @functools.wraps(build)
+    def build_adapted(model: Any, *args: Any, **kwargs: Any) -> None:
+        bound = inspect.signature(build).bind(model, *args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
+        config = given["config"]
+        given["transformer_layer_spec"] = adapt_spec(
+            given["transformer_layer_spec"], config, given["vp_stage"]
+        )
+        if given["mtp_block_spec"] is not None:
+            adapt_mtp_spec(given["mtp_block_spec"], config)
+        build(*bound.args, **bound.kwargs)
 
     @functools.wraps(roll_tensor)
     def roll_packed(
@@ -148,7 +184,7 @@ def hook_mtp(adapt_spec: Callable[[Any, str], None], roll: Callable[..., Any]) -
             return roll(tensor, packed_seq_params)
         return roll_tensor(tensor, *args, packed_seq_params=packed_seq_params, **kwargs)
 
-    gpt_layer_specs.get_gpt_mtp_block_spec = get_adapted_spec
+    GPTModel.__init__ = build_adapted
     multi_token_prediction.roll_tensor = roll_packed
 
 

@@ -73,13 +73,13 @@ class AuxiliaryLossScale:
             leave_out_padding(router)
         config = megatron.model_config(model)
 
-        # In place of it Megatron would ask `grad_scale_func`, the scale of fp16 losses.
+        # In place of it Megatron would take `grad_scale_func`, the scale of fp16 losses, alone.
         def scale() -> Tensor:
             ones = torch.ones(1, device="cuda")
             scaled = config.grad_scale_func(ones) if config.grad_scale_func else ones
             return scaled if self._scale is None else scaled * self._scale
 
-        config.moe_grad_scale_func = scale
+        megatron.scale_auxiliary_losses(config, scale)
 
     def next_rows(self, data_iterator: Iterator[Rows] | None) -> Rows | None:
         """The next micro-batch of this rank, None on a rank that reads no rows.

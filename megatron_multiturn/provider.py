@@ -19,6 +19,7 @@ from megatron_multiturn.blends import leaves_of, plan_digest
 from megatron_multiturn.dataset import MultiTurnDataset, MultiTurnDatasetConfig
 from megatron_multiturn.epochs import describe_length, rows_per_epoch, training_blend
 from megatron_multiturn.errors import ConfigError, DatasetError
+from megatron_multiturn.provider_names import registered_providers
 from megatron_multiturn.resume import PLAN_ARGUMENT, agree_on_plan, check_goes_on, describe_plan
 from megatron_multiturn.row_order import BalancedRows, balance_rows, end_of_window
 from megatron_multiturn.samples import largest_divisor_unit
@@ -53,11 +54,7 @@ def train_valid_test_datasets_provider(
     """
     args = megatron.get_args()
     config = dataset_config(args)
-    if config.mock:
-        raise ConfigError(
-            "no data: pass --data-path PREFIX (or --train-data-path and its siblings) as written "
-            "by megatron-multiturn-preprocess"
-        )
+    require_data(config)
     num_samples = list(train_val_test_num_samples)
     wanted = num_samples[0]
     num_samples[0] = _rows_to_plan(args, config, wanted)
@@ -151,7 +148,7 @@ def batch_schedule(args: argparse.Namespace) -> BatchSchedule:
 def dataset_config(args: argparse.Namespace) -> MultiTurnDatasetConfig:
     """The dataset's configuration from Megatron's arguments, to train with its tokenizer."""
     config = planning_config(args)
-    batch_sizes = [args.global_batch_size, args.eval_global_batch_size]
+    batch_sizes = [args.global_batch_size, megatron.evaluation_batch_sizes(args)[0]]
     batch_sizes += megatron.scheduled_batch_sizes(args)
     config.divisor_unit = largest_divisor_unit(
         args.loss_average, max(batch_sizes), args.seq_length, _turn_weights(config)
@@ -164,13 +161,26 @@ def _turn_weights(config: MultiTurnDatasetConfig) -> set[float]:
     """All weights that turns of the run's datasets have; on ranks that read none of them, none."""
     if megatron.tensor_parallel_group().rank() != 0:
         return set()
-    blends = [config.blend, *(config.blend_per_split or ())]
-    prefixes = {prefix for blend in blends if blend is not None for prefix in blend[0]}
     return {
         weight
-        for prefix in sorted(prefixes)
+        for prefix in dataset_prefixes(config)
         for weight in manifest_of(prefix, config.object_storage_cache_path).turn_weights
     }
+
+
+def require_data(config: MultiTurnDatasetConfig) -> None:
+    """Raise ConfigError if the flags name no dataset."""
+    if config.mock:
+        raise ConfigError(
+            "no data: pass --data-path PREFIX (or --train-data-path and its siblings) as written "
+            "by megatron-multiturn-preprocess"
+        )
+
+
+def dataset_prefixes(config: MultiTurnDatasetConfig) -> list[str]:
+    """The prefixes of all datasets of the run, of whatever split, sorted."""
+    blends = [config.blend, *(config.blend_per_split or ())]
+    return sorted({prefix for blend in blends if blend is not None for prefix in blend[0]})
 
 
 def planning_config(args: argparse.Namespace) -> MultiTurnDatasetConfig:
@@ -200,9 +210,9 @@ def planning_config(args: argparse.Namespace) -> MultiTurnDatasetConfig:
 def select_provider(name: str) -> DatasetsProvider:
     """The datasets provider for `--dataset-provider NAME`, ready for Megatron's `pretrain`.
 
-    NAME is a key of `PROVIDERS` or MODULE:FUNCTION.
+    NAME is a key of `PROVIDERS`, the name of an entry point or MODULE:FUNCTION.
     """
-    provider = PROVIDERS.get(name) or _import_provider(name)
+    provider = PROVIDERS.get(name) or _registered_provider(name) or _import_provider(name)
 
     takes_vp_stage = "vp_stage" in inspect.signature(provider).parameters
 
@@ -266,12 +276,31 @@ def _leaf_datasets(datasets: Sequence[Any]) -> Iterator[Any]:
             yield dataset
 
 
+def _registered_provider(name: str) -> DatasetsProvider | None:
+    """The provider that an installed distribution offers under this name."""
+    found = [point for point in registered_providers() if point.name == name]
+    if not found:
+        return None
+    offering = [f"{point.value} of {point.dist.name if point.dist else '?'}" for point in found]
+    if len(found) > 1:
+        raise ConfigError(
+            f"--dataset-provider {name}: {len(found)} installed distributions offer one of this "
+            f"name: {', '.join(offering)}; pass MODULE:FUNCTION in its place"
+        )
+    try:
+        return _checked_provider(name, found[0].load())
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"--dataset-provider {name}: {offering[0]} cannot be loaded: {error}"
+        ) from error
+
+
 def _import_provider(name: str) -> DatasetsProvider:
     module_name, _, function_name = name.partition(":")
     if not function_name:
+        names = [*PROVIDERS, "megatron", *(point.name for point in registered_providers())]
         raise ConfigError(
-            f"--dataset-provider {name}: neither {', '.join(PROVIDERS)} or megatron, nor "
-            "MODULE:FUNCTION"
+            f"--dataset-provider {name}: neither one of {', '.join(names)}, nor MODULE:FUNCTION"
         )
     try:
         provider = getattr(importlib.import_module(module_name), function_name)
@@ -280,6 +309,10 @@ def _import_provider(name: str) -> DatasetsProvider:
             f"--dataset-provider {name}: {error}; MODULE must be importable (its folder on "
             "PYTHONPATH, or next to the script) and hold FUNCTION"
         ) from error
+    return _checked_provider(name, provider)
+
+
+def _checked_provider(name: str, provider: Any) -> DatasetsProvider:
     if not callable(provider):
-        raise ConfigError(f"--dataset-provider {name}: {function_name} is not a function")
+        raise ConfigError(f"--dataset-provider {name}: {provider!r} is not a function")
     return provider

@@ -147,15 +147,14 @@ class ReferenceJob:
     def finish_args(self, args: Namespace) -> None:
         from megatron_multiturn import megatron_hooks
         from megatron_multiturn.selfcheck_reference import (
-            LAYER_SPEC,
+            adapt_layer_spec,
             adapt_mtp_spec,
             roll_within_pieces,
         )
 
-        args.spec = LAYER_SPEC
         args.piece_multiple = self._layout["piece_multiple"]
         args.calculate_per_token_loss = False
-        megatron_hooks.hook_mtp(adapt_mtp_spec, roll_within_pieces)
+        megatron_hooks.hook_model(adapt_layer_spec, adapt_mtp_spec, roll_within_pieces)
 
     def begin(self, model: Any, optimizer: Any) -> None:
         from megatron_multiturn.selfcheck_reference import ReferenceStep

@@ -20,8 +20,6 @@ from torch.nn.functional import scaled_dot_product_attention
 from megatron_multiturn import megatron_compat as megatron
 from megatron_multiturn.recording import Part, Recording
 
-LAYER_SPEC = ["megatron_multiturn.selfcheck_reference", "piecewise_layer_spec"]
-
 Rows = dict[str, Tensor]
 
 # A parameter that the objective hardly depends on has a gradient of rounding errors. Differences
@@ -88,15 +86,15 @@ class PieceAttention(torch.nn.Module):
         return (distance >= 0) & (distance <= self.window)
 
 
-def piecewise_layer_spec(model_config: Any, vp_stage: int | None = None) -> Any:
-    """Megatron's own layers with `PieceAttention`; for `--spec`."""
-    block = megatron.default_block_spec(model_config, vp_stage)
+def adapt_layer_spec(spec: Any, config: Any, vp_stage: int | None) -> Any:
+    """Megatron's own layers with `PieceAttention`; see `megatron_hooks.hook_model`."""
+    block = megatron.block_spec(spec, config, vp_stage)
     for layer in block.layer_specs:
         layer.submodules.self_attention.submodules.core_attention = PieceAttention
     return block
 
 
-def adapt_mtp_spec(block: Any, transformer_impl: str) -> None:
+def adapt_mtp_spec(block: Any, config: Any) -> None:
     """The same, in place, for Megatron's spec of multi-token prediction layers."""
     for layer in block.layer_specs:
         attention = layer.submodules.mtp_model_layer.submodules.self_attention

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_multiturn import arguments
-from megatron_multiturn import layer_spec as layer_specs
-from megatron_multiturn.arguments import add_multiturn_args, layer_spec, prepare_args
+from megatron_multiturn.arguments import add_multiturn_args, prepare_args
 from megatron_multiturn.errors import ConfigError
 
 
@@ -30,7 +29,7 @@ def test_what_is_prepared(args: argparse.Namespace) -> None:
     notices = prepare_args(args, on_cpu=True)
     assert args.calculate_per_token_loss
     assert args.eval_interval == 1000
-    assert args.spec == layer_spec("torch")
+    assert args.packed_attention == "torch"
     assert args.distributed_backend == "gloo"
     assert args.transformer_impl == "local"
     assert any("NO GPU" in notice for notice in notices)
@@ -40,7 +39,13 @@ def test_megatrons_own_provider_keeps_its_loss_and_layers(args: argparse.Namespa
     args.dataset_provider, args.sft = "megatron", True
     prepare_args(args, on_cpu=True)
     assert not args.calculate_per_token_loss
-    assert args.spec is None
+
+
+def test_megatrons_own_provider_is_left_as_it_was(args: argparse.Namespace) -> None:
+    args.dataset_provider = "megatron"
+    before = copy.deepcopy(vars(args))
+    assert prepare_args(args, on_cpu=False) == []
+    assert vars(args) == before
 
 
 def test_what_a_checkpoint_brings_is_checked_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,8 +103,6 @@ def test_the_kernels_of_attention_are_those_that_run_here(
     vars(args).update(flags)
     prepare_args(args, on_cpu=False)
     assert args.packed_attention == kernels
-    assert args.spec == ["megatron_multiturn.layer_spec", f"{kernels}_layer_spec"]
-    assert callable(getattr(layer_specs, f"{kernels}_layer_spec"))
     assert args.piece_multiple == 1
 
 
@@ -161,8 +164,6 @@ def test_pieces_are_rounded_up_where_ranks_share_them(
         ([], {}, False, True),
         ([], {"bf16": True, "use_megatron_fsdp": True}, True, False),
         ([], {"bf16": True, "defer_embedding_wgrad_compute": True}, True, False),
-        ([], {"bf16": True, "dataset_provider": "megatron"}, False, False),
-        (["fused_weight_gradient_mlp_cuda"], {"dataset_provider": "megatron"}, False, True),
     ],
 )
 def test_what_is_fused_without_the_libraries_that_do_it(

@@ -47,7 +47,7 @@ ORDER = (
     *("targets", "cutting", "windows", "packing", "averages", "samples", "plan_cache", "dataset"),
     *("batches", "balance", "blends", "row_order", "epochs", "resume"),
     *("batch", "saved_output", "attention", "layer_spec", "loss", "moe", "mtp"),
-    *("provider", "forward"),
+    *("provider_names", "provider", "preflight", "forward"),
     *("refusal", "attention_refusals", "refusals", "arguments"),
     *("cpu", "recording", "__main__"),
     # commands

@@ -1,14 +1,17 @@
 """The choice of a datasets provider and what is said of the datasets it gives."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_multiturn import megatron_compat, provider
+from megatron_multiturn.arguments import add_multiturn_args
 from megatron_multiturn.batch import RowShape
 from megatron_multiturn.errors import ConfigError
 from megatron_multiturn.provider import select_provider, train_valid_test_datasets_provider
+from megatron_multiturn.provider_names import PROVIDERS_GROUP
 
 SHAPE = RowShape(sequence_length=8, num_boundaries=4)
 
@@ -39,10 +42,41 @@ def test_a_virtual_stage_reaches_the_provider_that_wants_it(function: str, train
     assert provider.row_shape() == SHAPE
 
 
+def install_distribution(folder: Path, name: str, entry: str) -> None:
+    """As pip leaves it: a folder beside the modules that says what the distribution offers."""
+    info = folder / f"{name}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[{PROVIDERS_GROUP}]\n{entry}\n")
+
+
+def test_installed_distributions_offer_providers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "their_rows.py").write_text(
+        "def provide(num_samples):\n    raise RuntimeError(f'asked for {num_samples}')\n"
+    )
+    install_distribution(tmp_path, "their-data", "theirs = their_rows:provide")
+    with pytest.raises(RuntimeError, match="asked for 7"):
+        select_provider("theirs")(7)
+    help_text = add_multiturn_args(argparse.ArgumentParser()).format_help()
+    assert "{multiturn,megatron,theirs,MODULE:FUNCTION}" in help_text
+
+    install_distribution(tmp_path, "broken", "broken = their_rows:nothing")
+    with pytest.raises(ConfigError, match="their_rows:nothing of broken cannot be loaded"):
+        select_provider("broken")
+    install_distribution(tmp_path, "rival", "theirs = their_rows:other")
+    with pytest.raises(ConfigError, match=r"2 installed distributions offer .* their-data"):
+        select_provider("theirs")
+    with pytest.raises(ConfigError, match="neither one of multiturn, megatron, broken, theirs"):
+        select_provider("their")
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("multiturns", "neither multiturn or megatron, nor MODULE:FUNCTION"),
+        ("multiturns", "neither one of multiturn, megatron, nor MODULE:FUNCTION"),
         ("no.such.module:f", "No module named"),
         ("json:nothing", "no attribute 'nothing'"),
         ("json:__name__", "is not a function"),

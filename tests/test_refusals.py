@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from megatron_multiturn.arguments import add_multiturn_args, layer_spec
+from megatron_multiturn.arguments import add_multiturn_args
 from megatron_multiturn.errors import ConfigError
 from megatron_multiturn.refusals import REFUSALS, check_args, refused
 
@@ -261,8 +261,3 @@ def test_all_that_is_wrong_is_said_at_once(args: argparse.Namespace) -> None:
     args.sft, args.mock_data = True, True
     with pytest.raises(ConfigError, match=r"(?s)provider multiturn:.*--sft.*--mock-data"):
         check_args(args)
-
-
-def test_the_plugins_own_layers_may_come_from_a_checkpoint(args: argparse.Namespace) -> None:
-    args.spec = layer_spec("auto")
-    check_args(args)

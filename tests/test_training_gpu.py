@@ -59,8 +59,9 @@ LAYOUTS = {
     },
 }
 STOCK = {
-    "local": "--spec whole_row_attention whole_row_layer_spec",
-    "te": "",
+    "local": "--spec whole_row_attention whole_row_layer_spec --no-gradient-accumulation-fusion "
+    "--no-persist-layer-norm --no-rope-fusion --no-masked-softmax-fusion",
+    "te": "--no-gradient-accumulation-fusion",
 }
 # Mistakes that the comparison must see, by what they are made in.
 MUTANTS = {

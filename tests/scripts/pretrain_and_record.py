@@ -29,8 +29,6 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.enums import ModelType
 from megatron.training import get_args, pretrain, training
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
-from megatron.training.arguments import parse_and_validate_args
 
 from megatron_multiturn import recording
 from megatron_multiturn.recording import (
@@ -175,6 +173,13 @@ def record_training():
 
 
 if __name__ == "__main__":
+    # Not of every version whose training `checkout_and_record.py` records.
+    from megatron.training.argument_utils import (
+        gpt_config_from_args,
+        pretrain_cfg_container_from_args,
+    )
+    from megatron.training.arguments import parse_and_validate_args
+
     args = parse_and_validate_args()
     record_training()
     config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
