@@ -27,14 +27,12 @@
 # A copy of this script works anywhere, with MULTITURN_ROOT naming the checkout of this project.
 set -euo pipefail
 root=${MULTITURN_ROOT:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}
-
-die() {
-    printf '%s\n' "$*" >&2
+if [[ ! -f $root/launch/environment.sh ]]; then
+    echo "$root is not a checkout of megatron-multiturn; set MULTITURN_ROOT to one" >&2
     exit 1
-}
-
-[[ -f $root/launch/models/tiny.sh ]] \
-    || die "$root is not a checkout of megatron-multiturn; set MULTITURN_ROOT to one"
+fi
+# shellcheck source=launch/environment.sh
+source "$root/launch/environment.sh"
 : "${DATA_PATH:?set it to the PREFIX of a preprocessed dataset}"
 : "${TOKENIZER_MODEL:?set it to the tokenizer that the dataset was written with}"
 : "${SAVE_DIR:?set it to a folder for checkpoints}"
@@ -65,11 +63,7 @@ gpus=$(count_gpus)
 nnodes=${NNODES:-1}
 nproc_per_node=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}
 
-python=${MULTITURN_PYTHON:-}
-if [[ -z $python && -x $root/.venv/bin/python ]]; then
-    python=$root/.venv/bin/python
-fi
-python=${python:-python3}
+python=$(installed_python "$root")
 launcher=("$python" -m torch.distributed.run --nproc-per-node "$nproc_per_node")
 if ((nnodes == 1)); then
     launcher+=(--standalone)
