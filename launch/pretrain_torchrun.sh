@@ -255,6 +255,9 @@ if [[ ${DRY_RUN:-0} == 1 ]]; then
     print_command
     exit 0
 fi
+if [[ -n ${PRETRAINED:-} && $PRETRAINED != *://* && ! -d $PRETRAINED ]]; then
+    die "PRETRAINED=$PRETRAINED: no such folder; name a checkpoint, as seen from $PWD"
+fi
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 if ((${NODE_RANK:-0} == 0)); then
     note_launch

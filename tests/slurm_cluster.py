@@ -195,7 +195,8 @@ class SlurmCluster:
         over = _wait_until(is_over, timeout)
         states = {job: self.command("scontrol", "-o", "show", "job", job) for job in jobs}
         failed = [
-            job for job, text in states.items()
+            job
+            for job, text in states.items()
             if any("JobState=COMPLETED" not in line for line in text.splitlines())
         ]
         if failed or not over:
