@@ -45,6 +45,7 @@ MpiDefault=none
 MailProg={mail_program}
 ReturnToService=2
 KillWait=5
+SlurmdDebug=verbose
 NodeName=n1 NodeHostname=localhost NodeAddr=127.0.0.1 Port={first_port} CPUs=1
 NodeName=n2 NodeHostname=localhost NodeAddr=127.0.0.1 Port={second_port} CPUs=1
 PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
