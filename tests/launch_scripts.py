@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def run_script(
-    script: Path, *arguments: str, cwd: Path | None = None, **variables: str
+    script: Path, *arguments: str, cwd: Path | str | None = None, **variables: str
 ) -> subprocess.CompletedProcess[str]:
     """Run a script with a clean environment, PATH apart, and `variables`."""
     environment = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), **variables}
