@@ -65,13 +65,16 @@ python=$(installed_python "$root")
 extra_flags=("$@")
 
 stages=("${STAGES:-$root/launch/staged}"/[0-9]*.sh)
-[[ -f ${stages[0]} ]] || die "STAGES=$STAGES holds no file whose name is like 1-first.sh"
+[[ -f ${stages[0]} ]] || die "STAGES=${STAGES:-} holds no file whose name is like 1-first.sh"
 
 # load_stage FILE: sets the variables of a stage.
 load_stage() {
     stage=${1##*/}
     stage=${stage%.sh}
     folder=$WORK_DIR/$stage
+    # Nothing of the stage before.
+    unset inputs epochs learning_rate global_batch_size
+    window='' preprocess_flags=() train_flags=()
     # shellcheck source=launch/staged/2-knowledge.sh
     source "$1"
     tokenizer_flags=(
@@ -98,7 +101,7 @@ input_files() {
     local pattern path
     for pattern in "${inputs[@]}"; do
         while read -r path; do
-            find "$path" -type f -printf '%p, %s bytes of %TY-%Tm-%Td %TT\n'
+            find "$path" -type f -not -name '.*' -printf '%p, %s bytes of %TY-%Tm-%Td %TT\n'
         done < <(compgen -G "$pattern") | sort
     done
 }
@@ -210,8 +213,8 @@ train_stage() {
         "$folder/checkpoint/latest_checkpointed_iteration.txt"), $(date -u +%Y-%m-%dT%H:%M:%S.%NZ)"
 }
 
-if [[ ${DRY_RUN:-0} == 1 ]]; then
-    previous=${PRETRAINED:-}
+print_commands() {
+    local file previous=${PRETRAINED:-}
     for file in "${stages[@]}"; do
         load_stage "$file"
         printf '%q ' "${preprocess[@]}"
@@ -219,33 +222,41 @@ if [[ ${DRY_RUN:-0} == 1 ]]; then
         train "$previous"
         previous=$folder/checkpoint
     done
-    exit 0
-fi
+}
 
-mkdir -p "$WORK_DIR" || die "WORK_DIR=$WORK_DIR: cannot be made; name a folder that you can write"
-# Kept by every process that is started from here, so also where this script alone was killed.
-exec 9>"$WORK_DIR/lock"
-flock --nonblock 9 || die "another run is at work in $WORK_DIR; wait for it, or end its processes"
-export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+# One function, which bash has read whole when it starts: the file may be edited meanwhile.
+main() {
+    local file previous=${PRETRAINED:-} origin=${PRETRAINED:-random weights}
+    if [[ ${DRY_RUN:-0} == 1 ]]; then
+        print_commands
+        exit 0
+    fi
+    mkdir -p "$WORK_DIR" || die "WORK_DIR=$WORK_DIR: cannot be made; name a folder that you can write"
+    # Kept by every process that is started from here, so also where this script alone was killed.
+    exec 9>"$WORK_DIR/lock"
+    flock --nonblock 9 || die "another run is at work in $WORK_DIR; wait for it, or end its processes"
+    export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 
-# What is wrong with a later stage shows before the first is trained.
-for file in "${stages[@]}"; do
-    load_stage "$file"
-    check_stage
-done
-for file in "${stages[@]}"; do
-    load_stage "$file"
-    make_dataset
-done
-if [[ ${PREPROCESS_ONLY:-0} == 1 ]]; then
+    # What is wrong with a later stage shows before the first is trained.
+    for file in "${stages[@]}"; do
+        load_stage "$file"
+        check_stage
+    done
+    for file in "${stages[@]}"; do
+        load_stage "$file"
+        make_dataset
+    done
+    if [[ ${PREPROCESS_ONLY:-0} == 1 ]]; then
+        exit 0
+    fi
+    for file in "${stages[@]}"; do
+        load_stage "$file"
+        train_stage "$previous" "$origin"
+        previous=$folder/checkpoint
+        origin="$stage, $(cat "$folder/finished")"
+    done
+    say "== all stages are finished; the last checkpoint is in $previous"
     exit 0
-fi
-previous=${PRETRAINED:-}
-origin=${PRETRAINED:-random weights}
-for file in "${stages[@]}"; do
-    load_stage "$file"
-    train_stage "$previous" "$origin"
-    previous=$folder/checkpoint
-    origin="$stage, $(cat "$folder/finished")"
-done
-say "== all stages are finished; the last checkpoint is in $previous"
+}
+
+main
