@@ -2,6 +2,7 @@
 # Sourced by the scripts that run in a SLURM job, behind launch/environment.sh.
 #
 #   set_step ROOT NODES TASKS   sets `step`, the srun of so many tasks, one a node, in the container
+#   work_done PREFIX            prints the bytes that preprocessing has kept of what is unfinished
 #   requeue_if_further A B      queues the job again if B, what is done now, differs from A
 
 # CONTAINER_IMAGE is for pyxis; the image's own python3 runs unless MULTITURN_PYTHON names another.
@@ -27,7 +28,6 @@ set_step() {
     fi
 }
 
-# work_done PREFIX: bytes that preprocessing has kept of what it has not finished.
 work_done() { { du --summarize --bytes "$1.unfinished" 2>/dev/null || true; } | cut -f 1; }
 
 requeue_if_further() {

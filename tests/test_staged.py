@@ -124,7 +124,7 @@ def test_it_goes_on_from_every_point(step: int, how: str, recipe: Recipe) -> Non
         ({"DIALOGUE_LEARNING_RATE": "3e-4"}, 0, "learning rate: 1e-4", "learning rate: 3e-4"),
         ({"INSTRUCTION_BATCH": "64"}, 2, "batch: 128", "batch: 64"),
         ({"DIALOGUE_WINDOW": "99"}, 0, "flags: --long-session window", "--session-window 99"),
-        ({"TEMPLATE": "llama3"}, 0, "template: --template chatml", "template: --template llama3"),
+        ({"TEMPLATE": "llama3"}, 0, "template: --template firefly", "template: --template llama3"),
         ({"KNOWLEDGE_PHRASINGS": "mine.txt"}, 1, "phrasings_en.txt", "mine.txt"),
         ({"MODEL": "gpt-0.3b"}, 0, "model: tiny", "model: gpt-0.3b"),
         ({"INSTRUCTION_DATA": "alpaca.jsonl"}, 2, "input: alp*.jsonl", "input: alpaca.jsonl"),

@@ -19,7 +19,7 @@
 # DIALOGUE_DATA, KNOWLEDGE_DATA, INSTRUCTION_DATA   files, patterns or folders, with blanks between
 # WORK_DIR          a folder a stage: the dataset, checkpoint, settings, finished
 # PRETRAINED        a checkpoint that the first stage begins with; else from random weights
-# TEMPLATE          chatml by default; or CHAT_TEMPLATE, tokenizer or a file
+# TEMPLATE          firefly by default; or CHAT_TEMPLATE, tokenizer or a file
 # ON_BAD_SESSION    error (default), or skip
 # STAGES            a folder of stages in place of launch/staged, in the order of their names: its
 #                   files [0-9]*.sh say data, epochs, learning rate, batch, window, and flags
@@ -81,7 +81,7 @@ load_stage() {
         --tokenizer-type "${TOKENIZER_TYPE:-SentencePieceTokenizer}"
         --tokenizer-model "$TOKENIZER_MODEL"
     )
-    template=(--template "${TEMPLATE:-chatml}")
+    template=(--template "${TEMPLATE:-firefly}")
     if [[ -n ${CHAT_TEMPLATE:-} ]]; then
         template=(--chat-template "$CHAT_TEMPLATE")
     fi
