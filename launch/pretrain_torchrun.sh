@@ -111,11 +111,7 @@ if ((${TENSOR_PARALLEL:-1} > 1)); then
 fi
 # Without Transformer Engine or Apex, Megatron 0.19 cannot load what its distributed optimizer
 # has saved, and a run could not go on.
-has_module() {
-    "$python" -c \
-        "import importlib.util as u; raise SystemExit(u.find_spec('$1') is None)" 2>/dev/null
-}
-if has_module transformer_engine; then
+if has_module "$python" transformer_engine; then
     parallel+=(--use-distributed-optimizer)
 fi
 
@@ -258,6 +254,7 @@ fi
 if [[ -n ${PRETRAINED:-} && $PRETRAINED != *://* && ! -d $PRETRAINED ]]; then
     die "PRETRAINED=$PRETRAINED: no such folder; name a checkpoint, as seen from $PWD"
 fi
+require_torch "$python"
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 if ((${NODE_RANK:-0} == 0)); then
     note_launch

@@ -1,9 +1,12 @@
 """Runs the scripts of launch/ as a user does, and reads the commands that they print."""
 
+import argparse
 import os
 import shlex
 import subprocess
 from pathlib import Path
+
+SETTINGS = {"DATA_PATH": "0.3 a 0.7 b", "TOKENIZER_MODEL": "my tokenizer", "SAVE_DIR": "saved"}
 
 
 def run_script(
@@ -43,3 +46,24 @@ def add_commands(folder: Path, **commands: str) -> str:
         (folder / name).write_text(f"#!/bin/bash\n{body}\n")
         (folder / name).chmod(0o755)
     return f"{folder}:{os.environ['PATH']}"
+
+
+def dry_run(repository: Path, *arguments: str, **variables: str) -> list[str]:
+    """The words of the command that pretrain_torchrun.sh would run."""
+    script = repository / "launch/pretrain_torchrun.sh"
+    done = run_script(script, *arguments, DRY_RUN="1", **{**SETTINGS, **variables})
+    assert done.returncode == 0, done.stderr
+    return words_of(done.stdout)
+
+
+def parsed(words: list[str]) -> argparse.Namespace:
+    """The flags behind megatron_multiturn, which are all Megatron's or ours."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    from megatron_multiturn.arguments import add_multiturn_args
+
+    flags = words[words.index("megatron_multiturn") + 1 :]
+    parser = add_multiturn_args(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
+    args, unknown = parser.parse_known_args(flags)
+    assert unknown == []
+    return args

@@ -1,6 +1,5 @@
 """The scripts for torchrun and the quickstart: what they would run."""
 
-import argparse
 import importlib.metadata
 import os
 import re
@@ -11,33 +10,22 @@ import sys
 from pathlib import Path
 
 import pytest
-from launch_scripts import add_commands, run_script, values_of, words_of
+from launch_scripts import (
+    SETTINGS,
+    add_commands,
+    dry_run,
+    parsed,
+    run_script,
+    values_of,
+    words_of,
+)
 
 from megatron_multiturn import __version__
 
 SCRIPTS = ("launch/**/*.sh", "launch/*.slurm", "tests/run.sh", ".ci/run")
-SETTINGS = {"DATA_PATH": "0.3 a 0.7 b", "TOKENIZER_MODEL": "my tokenizer", "SAVE_DIR": "saved"}
 
 
-def dry_run(repository: Path, *arguments: str, **variables: str) -> list[str]:
-    """The words of the command that pretrain_torchrun.sh would run."""
-    script = repository / "launch/pretrain_torchrun.sh"
-    done = run_script(script, *arguments, DRY_RUN="1", **{**SETTINGS, **variables})
-    assert done.returncode == 0, done.stderr
-    return words_of(done.stdout)
-
-
-def parsed(words: list[str]) -> argparse.Namespace:
-    """The flags behind megatron_multiturn, which are all Megatron's or ours."""
-    from megatron.training.arguments import add_megatron_arguments
-
-    from megatron_multiturn.arguments import add_multiturn_args
-
-    flags = words[words.index("megatron_multiturn") + 1 :]
-    parser = add_multiturn_args(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
-    args, unknown = parser.parse_known_args(flags)
-    assert unknown == []
-    return args
+STAGED_DATA = ("DIALOGUE_DATA", "KNOWLEDGE_DATA", "INSTRUCTION_DATA")
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
@@ -147,58 +135,6 @@ def test_torchrun_uses_flags_that_exist(repository: Path, tmp_path: Path) -> Non
     assert args.pretrained_checkpoint == "p"
 
 
-# Layers, width, feed-forward, heads, groups, bias, RoPE base, epsilon; tokens and embedded tokens;
-# parameters as published.
-PUBLISHED = {
-    "qwen2.5-7b": (28, 3584, 18944, 28, 4, True, 1e6, 1e-6, 151665, 152064, 7_615_616_512),
-    "llama3-8b": (32, 4096, 14336, 32, 8, False, 5e5, 1e-5, 128256, 128256, 8_030_261_248),
-}
-
-
-@pytest.mark.parametrize("tensor_parallel", ["1", "2", "8"])
-@pytest.mark.parametrize("model", PUBLISHED)
-def test_published_shapes(model: str, tensor_parallel: str, repository: Path) -> None:
-    from megatron.core.tokenizers.utils.build_tokenizer import vocab_size_with_padding
-
-    args = parsed(dry_run(repository, MODEL=model, TENSOR_PARALLEL=tensor_parallel))
-    *shape, num_tokens, num_embedded, num_parameters = PUBLISHED[model]
-    assert shape == [
-        *(args.num_layers, args.hidden_size, args.ffn_hidden_size, args.num_attention_heads),
-        *(args.num_query_groups, args.add_qkv_bias, args.rotary_base, args.layernorm_epsilon),
-    ]
-    args.rank = 0
-    assert vocab_size_with_padding(num_tokens, args, logging_enabled=False) == num_embedded
-    assert args.group_query_attention
-    assert args.swiglu
-    assert args.normalization == "RMSNorm"
-    assert not args.add_bias_linear
-    width, kv_width = args.hidden_size, args.num_query_groups * args.hidden_size // shape[3]
-    attention = width * (width + 2 * kv_width) + width * width
-    if args.add_qkv_bias:
-        attention += width + 2 * kv_width
-    layer = attention + 3 * width * args.ffn_hidden_size + 2 * width
-    assert args.untie_embeddings_and_output_weights
-    assert 2 * num_embedded * width + args.num_layers * layer + width == num_parameters
-
-
-def test_every_preset_is_a_model(repository: Path, tmp_path: Path) -> None:
-    presets = sorted(path.stem for path in (repository / "launch/models").glob("*.sh"))
-    assert presets == sorted(["tiny", "gpt-0.3b", "gpt-1.3b", *PUBLISHED])
-    for name in presets:
-        args = parsed(dry_run(repository, MODEL=name))
-        assert args.num_layers
-        assert args.seq_length == args.max_position_embeddings >= 256
-    assert parsed(dry_run(repository, MODEL="tiny", SEQ_LENGTH="64")).seq_length == 64
-    mine = tmp_path / "mine.sh"
-    mine.write_text("SEQ_LENGTH=32 model=(--num-layers 3)\n")
-    assert parsed(dry_run(repository, MODEL=str(mine))).num_layers == 3
-    script = repository / "launch/pretrain_torchrun.sh"
-    done = run_script(script, DRY_RUN="1", **SETTINGS, MODEL="big")
-    assert done.returncode == 1
-    assert "MODEL=big: there is no " in done.stderr
-    assert "gpt-0.3b gpt-1.3b llama3-8b qwen2.5-7b tiny\n" in done.stderr
-
-
 # Stands for the interpreter: does what it is asked but for training, of which it keeps the words.
 PYTHON = f"""
 if [[ $2 == torch.distributed.run ]]; then
@@ -249,6 +185,21 @@ def test_every_launch_is_noted(repository: Path, tmp_path: Path) -> None:
     notes[1].chmod(0o755)
     subprocess.run(["bash", str(notes[1])], env={**os.environ, **again}, check=True)
     assert (tmp_path / "saved/words").read_text() == words + words[len(words) // 2 :]
+
+
+def test_a_python_without_torch_is_named(repository: Path, tmp_path: Path) -> None:
+    add_commands(tmp_path / "bin", python="exit 1")
+    python = str(tmp_path / "bin/python")
+    for script, variables in (
+        ("pretrain_torchrun.sh", SETTINGS),
+        ("staged/run.sh", dict.fromkeys((*STAGED_DATA, "TOKENIZER_MODEL", "WORK_DIR"), "x")),
+    ):
+        done = run_script(
+            repository / "launch" / script, cwd=tmp_path, MULTITURN_PYTHON=python, **variables
+        )
+        assert done.returncode == 1
+        assert f"{python} has no PyTorch. Name one that has in MULTITURN_PYTHON" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["bin"]
 
 
 def test_a_copy_works_anywhere(repository: Path, tmp_path: Path) -> None:

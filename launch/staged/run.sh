@@ -231,6 +231,7 @@ main() {
         print_commands
         exit 0
     fi
+    [[ -n ${CONTAINER_IMAGE:-} ]] || require_torch "$python"
     mkdir -p "$WORK_DIR" || die "WORK_DIR=$WORK_DIR: cannot be made; name a folder that you can write"
     # Kept by every process that is started from here, so also where this script alone was killed.
     exec 9>"$WORK_DIR/lock"
