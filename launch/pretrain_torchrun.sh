@@ -254,6 +254,9 @@ fi
 if [[ -n ${PRETRAINED:-} && $PRETRAINED != *://* && ! -d $PRETRAINED ]]; then
     die "PRETRAINED=$PRETRAINED: no such folder; name a checkpoint, as seen from $PWD"
 fi
+if [[ $TOKENIZER_MODEL == *.model && ! -e $TOKENIZER_MODEL ]]; then
+    die "TOKENIZER_MODEL=$TOKENIZER_MODEL: no such file on $(hostname), as seen from $PWD"
+fi
 require_torch "$python"
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 if ((${NODE_RANK:-0} == 0)); then

@@ -106,6 +106,15 @@ def test_torchrun_begins_with_other_weights_only_where_it_has_none(
     assert f"PRETRAINED={tmp_path}/none: no such folder; name a checkpoint" in done.stderr
 
 
+def test_torchrun_names_a_tokenizer_that_is_missing(repository: Path, tmp_path: Path) -> None:
+    script = repository / "launch/pretrain_torchrun.sh"
+    settings = {**SETTINGS, "TOKENIZER_MODEL": "my.model"}
+    done = run_script(script, cwd=tmp_path, **settings)
+    assert done.returncode == 1
+    assert "TOKENIZER_MODEL=my.model: no such file on " in done.stderr
+    assert f"as seen from {tmp_path}" in done.stderr
+
+
 def test_torchrun_with_a_checkout(repository: Path) -> None:
     words = dry_run(repository, MEGATRON_PATH="/opt/Megatron-LM")
     module = words.index("megatron_multiturn")

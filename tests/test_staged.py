@@ -49,6 +49,7 @@ class Recipe:
         self.script = repository / "launch/staged/run.sh"
         self.folder = folder
         add_commands(folder / "bin", python=PYTHON)
+        (folder / "tokenizer.model").touch()
         for name in ("smile", "terms", "alpaca"):
             (folder / f"{name}.jsonl").write_text(f"{name}\n")
 
