@@ -17,7 +17,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
+PROGRAMS = (
+    *("munged", "slurmctld", "slurmd"),
+    *("sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo"),
+)
 
 # srun in a job needs an authority over nothing but its own processes: no control groups.
 _CONFIGURATION = """\
