@@ -1,7 +1,10 @@
 # shellcheck shell=bash
-# Sourced by launch/quickstart.sh and tests/run.sh: finds a Python, makes .venv and installs.
+# Sourced by the other scripts: finds a Python, makes .venv and installs.
 #
 #   ensure_environment ROOT base|dev     sets MULTITURN_PYTHON to the interpreter to run
+#   installed_python ROOT                prints the one to run; makes and installs nothing
+#   has_module PYTHON MODULE             whether it can be imported there
+#   require_torch PYTHON                 ends with the remedy if PyTorch is missing
 #
 # MULTITURN_PYTHON set beforehand names an interpreter to use as it is: nothing is made and
 # nothing is installed (a container with its own torch and Megatron, for instance).
@@ -12,6 +15,26 @@ say() { printf '%s\n' "$*" >&2; }
 die() {
     say "$*"
     exit 1
+}
+
+# The interpreter that MULTITURN_PYTHON names, or that of ROOT/.venv, or PATH's python3.
+installed_python() {
+    if [[ -n ${MULTITURN_PYTHON:-} ]]; then
+        printf '%s\n' "$MULTITURN_PYTHON"
+    elif [[ -x $1/.venv/bin/python ]]; then
+        printf '%s\n' "$1/.venv/bin/python"
+    else
+        printf 'python3\n'
+    fi
+}
+
+has_module() {
+    "$1" -c "import importlib.util as u; raise SystemExit(u.find_spec('$2') is None)" 2>/dev/null
+}
+
+require_torch() {
+    has_module "$1" torch || die "$1 has no PyTorch. Name one that has in MULTITURN_PYTHON, or" \
+        "install: ./launch/quickstart.sh makes .venv, which these scripts take"
 }
 
 # Whether $1 runs, is Python 3.12 or later and can make virtual environments.

@@ -117,20 +117,9 @@ else
     echo "  $num_sessions sessions are too few to hold any back: no evaluation"
 fi
 
-model=(
-    --num-layers 2
-    --hidden-size 64
-    --num-attention-heads 4
-    --seq-length "$seq_length"
-    --max-position-embeddings "$seq_length"
-    --position-embedding-type rope
-    --normalization RMSNorm
-    --swiglu
-    --disable-bias-linear
-    --untie-embeddings-and-output-weights
-    --attention-dropout 0
-    --hidden-dropout 0
-)
+# shellcheck source=launch/models/tiny.sh
+SEQ_LENGTH=$seq_length source "$root/launch/models/tiny.sh"
+model+=(--seq-length "$seq_length" --max-position-embeddings "$seq_length")
 data_flags=(
     --dataset-provider multiturn
     --loss-average "${LOSS_AVERAGE:-turn}"

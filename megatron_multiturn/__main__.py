@@ -20,6 +20,10 @@ from typing import Any
 
 from megatron_multiturn.errors import ConfigError, MultiTurnError
 
+# The environment variable with the file by which rank 0 says that training has come to its end. A
+# run that a signal or the clock ends before its time exits with status 0 too, but from inside.
+END_MARK = "MULTITURN_END_MARK"
+
 
 def main(argv: list[str] | None = None) -> None:
     """Train; exits with status 1 and a message for an error that the user can put right."""
@@ -35,6 +39,9 @@ def main(argv: list[str] | None = None) -> None:
     except Exception as error:
         _tell_launcher("".join(traceback.format_exception(error)))
         raise
+    mark = os.environ.get(END_MARK)
+    if mark and os.environ.get("RANK", "0") == "0":
+        Path(mark).touch()
 
 
 def _tell_launcher(message: str) -> None:

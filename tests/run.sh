@@ -33,7 +33,8 @@ check "ruff check" "$python" -m ruff check .
 check "ruff format" "$python" -m ruff format --check .
 check "mypy" "$python" -m mypy
 if command -v shellcheck >/dev/null; then
-    check "shellcheck" shellcheck --external-sources launch/*.sh tests/run.sh .ci/run
+    check "shellcheck" shellcheck --external-sources launch/*.sh launch/*/*.sh launch/*.slurm \
+        tests/run.sh .ci/run
 else
     say "== shellcheck: not installed, left out"
 fi

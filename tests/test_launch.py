@@ -1,67 +1,37 @@
-"""The shell scripts and the README: what they would run, and that what they name exists."""
+"""The scripts for torchrun and the quickstart: what they would run."""
 
-import argparse
+import importlib.metadata
 import os
 import re
-import shlex
 import shutil
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from launch_scripts import (
+    SETTINGS,
+    add_commands,
+    dry_run,
+    parsed,
+    run_script,
+    values_of,
+    words_of,
+)
 
-SCRIPTS = ("launch/*.sh", "tests/run.sh", ".ci/run")
-SETTINGS = {"DATA_PATH": "0.3 a 0.7 b", "TOKENIZER_MODEL": "my tokenizer", "SAVE_DIR": "saved"}
+from megatron_multiturn import __version__
 
-
-def run_script(script: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run a script with a clean environment, PATH apart, and `variables`."""
-    environment = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), **variables}
-    return subprocess.run(
-        [str(script), *arguments],
-        capture_output=True,
-        text=True,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        timeout=60,
-        check=False,
-    )
+SCRIPTS = ("launch/**/*.sh", "launch/*.slurm", "tests/run.sh", ".ci/run")
 
 
-def words_of(command: str) -> list[str]:
-    """The words of a shell command over several lines."""
-    return shlex.split(command.replace("\\\n", ""))
-
-
-def dry_run(repository: Path, *arguments: str, **variables: str) -> list[str]:
-    """The words of the command that train_torchrun.sh would run."""
-    script = repository / "launch/train_torchrun.sh"
-    done = run_script(script, *arguments, DRY_RUN="1", **{**SETTINGS, **variables})
-    assert done.returncode == 0, done.stderr
-    return words_of(done.stdout)
-
-
-def values_of(words: list[str], flag: str) -> list[str]:
-    """The words between a flag's last occurrence and the next flag."""
-    start = len(words) - words[::-1].index(flag)
-    rest = words[start:]
-    stop = next((i for i, word in enumerate(rest) if word.startswith("--")), len(rest))
-    return rest[:stop]
-
-
-def add_commands(folder: Path, **commands: str) -> str:
-    """A PATH whose first folder holds these shell commands."""
-    folder.mkdir(exist_ok=True)
-    for name, body in commands.items():
-        (folder / name).write_text(f"#!/bin/sh\n{body}\n")
-        (folder / name).chmod(0o755)
-    return f"{folder}:{os.environ['PATH']}"
+STAGED_DATA = ("DIALOGUE_DATA", "KNOWLEDGE_DATA", "INSTRUCTION_DATA")
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_shellcheck(repository: Path) -> None:
     scripts = [str(path) for pattern in SCRIPTS for path in sorted(repository.glob(pattern))]
-    assert len(scripts) >= 6
+    assert len(scripts) >= 16
     done = subprocess.run(
         ["shellcheck", "--external-sources", *scripts],
         cwd=repository,
@@ -111,6 +81,40 @@ def test_torchrun_on_many_nodes(repository: Path) -> None:
     assert "--sequence-parallel" not in words, "it is for tensor parallel ranks"
 
 
+def test_torchrun_on_nodes_that_find_their_ranks(repository: Path) -> None:
+    words = dry_run(repository, NNODES="4", MASTER_ADDR="n1", MASTER_PORT="2345", RDZV_ID="mine")
+    for flag, values in (
+        ("--nnodes", ["4"]),
+        ("--rdzv-backend", ["c10d"]),
+        ("--rdzv-endpoint", ["n1:2345"]),
+        ("--rdzv-id", ["mine", "-m", "megatron_multiturn"]),
+    ):
+        assert values_of(words, flag) == values
+    assert "--node-rank" not in words
+
+
+def test_torchrun_begins_with_other_weights_only_where_it_has_none(
+    repository: Path, tmp_path: Path
+) -> None:
+    words = dry_run(repository, PRETRAINED="base")
+    assert values_of(words, "--pretrained-checkpoint") == ["base"]
+    assert "--finetune" not in words, "which would begin anew each time that a run goes on"
+    script = repository / "launch/pretrain_torchrun.sh"
+    settings = {**SETTINGS, "SAVE_DIR": str(tmp_path / "saved")}
+    done = run_script(script, PRETRAINED=str(tmp_path / "none"), **settings)
+    assert done.returncode == 1
+    assert f"PRETRAINED={tmp_path}/none: no such folder; name a checkpoint" in done.stderr
+
+
+def test_torchrun_names_a_tokenizer_that_is_missing(repository: Path, tmp_path: Path) -> None:
+    script = repository / "launch/pretrain_torchrun.sh"
+    settings = {**SETTINGS, "TOKENIZER_MODEL": "my.model"}
+    done = run_script(script, cwd=tmp_path, **settings)
+    assert done.returncode == 1
+    assert "TOKENIZER_MODEL=my.model: no such file on " in done.stderr
+    assert f"as seen from {tmp_path}" in done.stderr
+
+
 def test_torchrun_with_a_checkout(repository: Path) -> None:
     words = dry_run(repository, MEGATRON_PATH="/opt/Megatron-LM")
     module = words.index("megatron_multiturn")
@@ -118,7 +122,7 @@ def test_torchrun_with_a_checkout(repository: Path) -> None:
 
 
 def test_torchrun_names_the_variable_that_is_missing(repository: Path) -> None:
-    script = repository / "launch/train_torchrun.sh"
+    script = repository / "launch/pretrain_torchrun.sh"
     for missing in SETTINGS:
         rest = {name: value for name, value in SETTINGS.items() if name != missing}
         done = run_script(script, DRY_RUN="1", **rest)
@@ -129,109 +133,93 @@ def test_torchrun_names_the_variable_that_is_missing(repository: Path) -> None:
 
 
 def test_torchrun_uses_flags_that_exist(repository: Path, tmp_path: Path) -> None:
-    """Every flag of the command is one of Megatron's or ours."""
-    from megatron.training.arguments import add_megatron_arguments
-
-    from megatron_multiturn.arguments import add_multiturn_args
-
     path = add_commands(tmp_path / "bin", **{"nvidia-smi": "echo GPU 0; echo GPU 1"})
-    words = dry_run(repository, PATH=path, EXIT_MINUTES="30")
+    words = dry_run(repository, PATH=path, EXIT_MINUTES="30", EXIT_SIGNAL="USR1", PRETRAINED="p")
     assert values_of(words, "--nproc-per-node") == ["2"]
-    flags = words[words.index("megatron_multiturn") + 1 :]
-    parser = add_multiturn_args(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
-    args, unknown = parser.parse_known_args(flags)
-    assert unknown == []
+    args = parsed(words)
     assert args.bf16
     assert args.exit_duration_in_mins == 30
+    assert args.exit_signal_handler
+    assert args.exit_signal == signal.SIGUSR1
+    assert args.pretrained_checkpoint == "p"
 
 
-SLURM_JOB = {
-    "SLURM_JOB_ID": "41234",
-    "SLURM_JOB_NODELIST": "node[7-8]",
-    "SLURM_NNODES": "2",
-    "SLURM_NODEID": "0",
-    "SLURM_GPUS_ON_NODE": "8",
-}
-# Answers as SLURM's own commands do; requeue leaves a mark. srun "trains" to iteration 70.
-SCONTROL = (
-    'case "$1" in\n'
-    '  show) [ "$3" = "node[7-8]" ] && printf "node7\\nnode8\\n" ;;\n'
-    '  requeue) echo "$2" > "$SAVE_DIR/requeued" ;;\n'
-    "esac"
-)
-SRUN = 'echo "${REACHED:-70}" > "$SAVE_DIR/latest_checkpointed_iteration.txt"'
+# Stands for the interpreter: does what it is asked but for training, of which it keeps the words.
+PYTHON = f"""
+if [[ $2 == torch.distributed.run ]]; then
+    printf '%s\\n' "$@" >>"$SAVE_DIR/words"
+    trap -p USR1 >>"$SAVE_DIR/words"
+    exit 0
+fi
+exec {sys.executable} "$@"
+"""
 
 
-def run_slurm(
-    repository: Path, tmp_path: Path, *, ends: str = "N/A", srun: str = SRUN, **variables: str
-) -> subprocess.CompletedProcess[str]:
-    path = add_commands(tmp_path / "bin", scontrol=SCONTROL, srun=srun, squeue=f"echo '{ends}'")
-    save = tmp_path / "saved"
-    save.mkdir(exist_ok=True)
-    settings = {**SETTINGS, **SLURM_JOB, "SLURM_SUBMIT_DIR": str(repository), "PATH": path}
-    settings |= {"SAVE_DIR": str(save), **variables}
-    return run_script(repository / "launch/train_slurm.sh", "--seed", "7", **settings)
-
-
-def test_slurm_takes_everything_from_the_job(repository: Path, tmp_path: Path) -> None:
-    done = run_slurm(repository, tmp_path, DRY_RUN="1")
-    assert done.returncode == 0, done.stderr
-    step, _, command = done.stdout.partition("\n")
-    assert shlex.split(step)[-3:] == [str(repository / "launch/train_torchrun.sh"), "--seed", "7"]
-    words = words_of(command)
-    for flag, value in (
-        ("--nnodes", "2"),
-        ("--node-rank", "0"),
-        ("--nproc-per-node", "8"),
-        ("--master-addr", "node7"),
-    ):
-        assert values_of(words, flag) == [value]
-    assert 1024 < int(values_of(words, "--master-port")[0]) < 65536
-    assert values_of(words, "--seed") == ["7"]
-    assert "--exit-duration-in-mins" not in words, "this job has no time limit"
-
-
-def test_slurm_stops_before_the_time_limit(repository: Path, tmp_path: Path) -> None:
-    end = subprocess.run(
-        ["date", "--date", "now + 60 minutes", "+%Y-%m-%dT%H:%M:%S"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()
-    done = run_slurm(repository, tmp_path, ends=end, DRY_RUN="1", STOP_MINUTES="15")
-    (minutes,) = values_of(words_of(done.stdout), "--exit-duration-in-mins")
-    assert 43 <= int(minutes) <= 45
-
-
-def test_slurm_queues_an_unfinished_job_again(repository: Path, tmp_path: Path) -> None:
-    mark = tmp_path / "saved/requeued"
-    done = run_slurm(repository, tmp_path, TRAIN_ITERS="100")
-    assert done.returncode == 0, done.stderr
-    assert mark.read_text().strip() == SLURM_JOB["SLURM_JOB_ID"]
-    mark.unlink()
-    run_slurm(repository, tmp_path, TRAIN_ITERS="100")
-    assert not mark.exists(), "it got no further: queueing it again would never end"
-    run_slurm(repository, tmp_path, TRAIN_ITERS="100", REACHED="100")
-    assert not mark.exists(), "it is finished"
-
-
-def test_slurm_reads_how_many_iterations_the_epochs_are(repository: Path, tmp_path: Path) -> None:
-    says = "megatron_multiturn: --train-epochs 2: 30 rows an epoch, so --train-iters"
-    mark = tmp_path / "saved/requeued"
-    for iterations, is_queued in ((100, True), (70, False)):
-        srun = f"echo begins; echo '{says} {iterations}'; {SRUN}; echo ends"
-        done = run_slurm(repository, tmp_path, srun=srun, TRAIN_EPOCHS="2")
+def test_every_launch_is_noted(repository: Path, tmp_path: Path) -> None:
+    add_commands(tmp_path / "bin", python=PYTHON)
+    (tmp_path / "Megatron/megatron/core").mkdir(parents=True)
+    (tmp_path / "Megatron/megatron/core/package_info.py").write_text("__version__ = '0.17.9'\n")
+    settings = {
+        **SETTINGS,
+        "SAVE_DIR": str(tmp_path / "saved"),
+        "MULTITURN_PYTHON": str(tmp_path / "bin/python"),
+        "MEGATRON_PATH": str(tmp_path / "Megatron"),
+        "NCCL_DEBUG": "INFO and more",
+        "WANDB_API_KEY": "secret",
+    }
+    script = repository / "launch/pretrain_torchrun.sh"
+    for seed in ("1", "2"):
+        done = run_script(script, "--seed", seed, cwd=tmp_path, **settings)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.startswith(f"begins\n{says} {iterations}\nends\n")
-        assert mark.exists() == is_queued
-        for left in (mark, tmp_path / "saved/latest_checkpointed_iteration.txt"):
-            left.unlink(missing_ok=True)
+    notes = sorted((tmp_path / "saved/launches").iterdir(), key=lambda path: path.stat().st_mtime)
+    texts = [path.read_text() for path in notes]
+    assert len(texts) == 2, "one a launch, and none is lost"
+    for seed, text in zip(("1", "2"), texts, strict=True):
+        printed = run_script(script, "--seed", seed, DRY_RUN="1", cwd=tmp_path, **settings).stdout
+        assert text.endswith(printed)
+        for line in (
+            f"# megatron-multiturn {__version__}",
+            f"# torch {importlib.metadata.version('torch')}",
+            f"# megatron-core {importlib.metadata.version('megatron-core')}",
+            "# Megatron of MEGATRON_PATH 0.17.9",
+            f"cd {tmp_path}",
+            "export NCCL_DEBUG=INFO\\ and\\ more",
+        ):
+            assert line in text.splitlines()
+        assert re.search(rf"^# git revision of {re.escape(str(repository))} \w+", text, re.M)
+        assert "secret" not in text
+    # A note is a script that does the same again.
+    words = (tmp_path / "saved/words").read_text()
+    again = {name: settings[name] for name in ("SAVE_DIR", "WANDB_API_KEY")}
+    notes[1].chmod(0o755)
+    subprocess.run(["bash", str(notes[1])], env={**os.environ, **again}, check=True)
+    assert (tmp_path / "saved/words").read_text() == words + words[len(words) // 2 :]
 
 
-def test_slurm_asks_for_a_job(repository: Path) -> None:
-    done = run_script(repository / "launch/train_slurm.sh", **SETTINGS)
-    assert done.returncode != 0
-    assert "sbatch" in done.stderr
+def test_a_python_without_torch_is_named(repository: Path, tmp_path: Path) -> None:
+    add_commands(tmp_path / "bin", python="exit 1")
+    python = str(tmp_path / "bin/python")
+    for script, variables in (
+        ("pretrain_torchrun.sh", SETTINGS),
+        ("staged/run.sh", dict.fromkeys((*STAGED_DATA, "TOKENIZER_MODEL", "WORK_DIR"), "x")),
+    ):
+        done = run_script(
+            repository / "launch" / script, cwd=tmp_path, MULTITURN_PYTHON=python, **variables
+        )
+        assert done.returncode == 1
+        assert f"{python} has no PyTorch. Name one that has in MULTITURN_PYTHON" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["bin"]
+
+
+def test_a_copy_works_anywhere(repository: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copy(repository / "launch/pretrain_torchrun.sh", tmp_path / "mine.sh"))
+    done = run_script(copy, DRY_RUN="1", cwd=tmp_path, **SETTINGS)
+    assert done.returncode == 1
+    assert "set MULTITURN_ROOT to one" in done.stderr
+    done = run_script(
+        copy, DRY_RUN="1", cwd=tmp_path, MULTITURN_ROOT=str(repository), MODEL="tiny", **SETTINGS
+    )
+    assert values_of(words_of(done.stdout), "--hidden-size") == ["64"]
 
 
 def test_environment_explains_a_missing_python(repository: Path, tmp_path: Path) -> None:
@@ -269,53 +257,3 @@ def test_quickstart_explains_itself(repository: Path) -> None:
     for line in ("my_sessions.jsonl", "TRAIN_ITERS", "LOSS_AVERAGE=turn"):
         assert line in done.stdout
     assert "set -e" not in done.stdout
-
-
-def test_readme_names_every_flag_of_ours(repository: Path) -> None:
-    from megatron_multiturn.arguments import add_multiturn_args
-    from megatron_multiturn.averages import LOSS_AVERAGES
-
-    readme = (repository / "README.md").read_text(encoding="utf-8")
-    training = readme[readme.index("## Training") : readme.index("### Launching")]
-    described = set(re.findall(r"^\| `(--[\w-]+)` \| ", training, re.MULTILINE))
-    parser = add_multiturn_args(argparse.ArgumentParser(add_help=False))
-    flags = {action.option_strings[0]: action.default for action in parser._actions}
-    assert described - {"--loss-average"} == set(flags) - {"--loss-average"}
-    for flag, default in flags.items():
-        if default is not None and not isinstance(default, bool):
-            assert f"| `{flag}` | `{default}` |" in readme
-    for average in LOSS_AVERAGES:
-        assert re.search(rf"^\| `{average}`.* \|$", readme, re.MULTILINE)
-
-
-def test_readme_names_every_flag_of_the_selfcheck(repository: Path) -> None:
-    from megatron_multiturn.selfcheck import parse
-
-    readme = (repository / "README.md").read_text(encoding="utf-8")
-    described = set(re.findall(r"^\| `--(check-[\w-]+)` \| ", readme, re.MULTILINE))
-    options, _ = parse([])
-    assert described == {name.replace("_", "-") for name in vars(options)}
-
-
-def test_readme_names_every_refusal(repository: Path) -> None:
-    from megatron_multiturn.refusals import REFUSALS
-
-    readme = (repository / "README.md").read_text(encoding="utf-8")
-    table = readme[readme.index("## Refused") : readme.index("## Limits")]
-    assert len(REFUSALS) > 25
-    for refusal in REFUSALS:
-        for flag in re.findall(r"--[\w-]+", refusal.setting):
-            assert f"`{flag}" in table, flag
-
-
-def test_readme_names_modules_and_scripts_that_exist(repository: Path) -> None:
-    readme = (repository / "README.md").read_text(encoding="utf-8")
-    _, _, after_picture = readme[readme.index("## How it works") :].split("```")
-    named = set(re.findall(r"`(\w+)`", after_picture[: after_picture.index("## Refused")]))
-    modules = {path.stem for path in (repository / "megatron_multiturn").glob("*.py")}
-    assert len(named) > 5
-    assert named <= modules
-    paths = re.findall(r"\b(?:launch|tests|tools)/\w+\.\w+", readme)
-    assert len(paths) > 5
-    for path in paths:
-        assert (repository / path).is_file(), path

@@ -209,3 +209,27 @@ def test_a_changed_token_reaches_no_other_piece(
         assert max(others) == 0.0
     else:
         assert max(others) > 1e-3
+
+
+def test_the_end_of_training_is_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not what ends before: Megatron leaves by sys.exit when a signal or the clock tells it to."""
+    from megatron_multiturn import __main__ as runner
+
+    mark = tmp_path / "finished"
+    monkeypatch.setenv(runner.END_MARK, str(mark))
+
+    def stopped_early(_argv: list[str]) -> None:
+        raise SystemExit(0)
+
+    monkeypatch.setattr(runner, "run", stopped_early)
+    with pytest.raises(SystemExit):
+        runner.main([])
+    assert not mark.exists()
+
+    monkeypatch.setattr(runner, "run", lambda _argv: None)
+    monkeypatch.setenv("RANK", "1")
+    runner.main([])
+    assert not mark.exists(), "rank 0 says it"
+    monkeypatch.setenv("RANK", "0")
+    runner.main([])
+    assert mark.exists()
