@@ -37,7 +37,7 @@ setup(
     packages=find_packages(include=["megatron_multiturn", "megatron_multiturn.*"]),
     install_requires=[
         "torch>=2.11",
-        "megatron-core>=0.19",
+        "megatron-core>=0.17",
         "numpy>=1.26",
         "sentencepiece>=0.2",
         "transformers>=4.51",
