@@ -94,8 +94,8 @@ def run(argv: list[str], *, after_hooks: Callable[[bool], None] | None = None) -
 
         if megatron_compat.is_older_than(0, 19):
             raise ConfigError(
-                "the installed megatron-core is older than 0.19, and trains by a script alone; pass "
-                "pretrain_gpt.py of its checkout as the first argument"
+                "the installed megatron-core is older than 0.19, and trains by a script alone: "
+                "pass pretrain_gpt.py of its checkout as the first argument"
             )
         megatron_compat.run_gpt()
 
