@@ -24,6 +24,10 @@ from megatron_multiturn.errors import ConfigError, MultiTurnError
 # run that a signal or the clock ends before its time exits with status 0 too, but from inside.
 END_MARK = "MULTITURN_END_MARK"
 
+# torchrun takes the earliest error for the cause, in whole seconds; so much later than it came
+# does the error of a rank count that has only lost another one.
+_ECHO_SECONDS = 2
+
 
 def main(argv: list[str] | None = None) -> None:
     """Train; exits with status 1 and a message for an error that the user can put right."""
@@ -37,19 +41,27 @@ def main(argv: list[str] | None = None) -> None:
         _tell_launcher(str(error))
         sys.exit(1)
     except Exception as error:
-        _tell_launcher("".join(traceback.format_exception(error)))
+        text = "".join(traceback.format_exception(error))
+        _tell_launcher(text, delay=_ECHO_SECONDS if _is_echo(error) else 0)
         raise
     mark = os.environ.get(END_MARK)
     if mark and os.environ.get("RANK", "0") == "0":
         Path(mark).touch()
 
 
-def _tell_launcher(message: str) -> None:
+def _tell_launcher(message: str, *, delay: int = 0) -> None:
     """Leave the error where torchrun looks for it, to show that of the rank that failed first."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
         with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
-            json.dump({"message": message, "timestamp": int(time.time())}, file)
+            json.dump({"message": message, "timestamp": int(time.time()) + delay}, file)
+
+
+def _is_echo(error: Exception) -> bool:
+    """Whether it says no more than that another rank is gone."""
+    import torch
+
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
 
 
 def split_script(argv: list[str]) -> tuple[Path | None, list[str]]:
