@@ -14,7 +14,8 @@
 #                  megatron-core
 # EXIT_MINUTES     save and end after so many minutes
 # EXIT_SIGNAL      save and end when the ranks get this signal, SIGUSR1 for instance
-# DRY_RUN=1        print the command and stop
+# DRY_RUN=1        print the command and stop; for the GPUs of this machine, so run it on one like
+#                  those that will train, or set NPROC_PER_NODE
 #
 # The size of the run: the variables below. Flags given behind the script come last, so they win.
 # Every launch is noted in SAVE_DIR/launches: the command, what of the environment counts, versions.
@@ -139,6 +140,7 @@ checkpoint=(
     --save "$SAVE_DIR"
     --load "$SAVE_DIR"
     --save-interval "${SAVE_INTERVAL:-500}"
+    --override-opt-param-scheduler # a run may be made longer; the flags here say how, not SAVE_DIR
 )
 if [[ -n ${PRETRAINED:-} ]]; then
     # Megatron looks here when there is nothing in --load, and takes the weights alone.

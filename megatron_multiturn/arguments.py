@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 
 from megatron_multiturn.errors import ConfigError
+from megatron_multiturn.given_files import check_given_files
 from megatron_multiturn.provider_names import PROVIDERS_GROUP, registered_providers
 from megatron_multiturn.refusals import check_args
 from megatron_multiturn.samples import LOSS_AVERAGES
@@ -102,6 +103,7 @@ def prepare_args(args: argparse.Namespace, *, on_cpu: bool) -> list[str]:
     if args.dataset_provider != "megatron":
         notices += _fit_kernels(args, on_cpu=on_cpu)
         check_args(args)
+        check_given_files(args)
         _require_kernels(args)
         # With its own context parallelism, Transformer Engine's ranks share every piece.
         shared = args.packed_attention == "te" and args.context_parallel_size > 1

@@ -84,6 +84,13 @@ def parsed_args(add_args: Callable[..., Any] | None) -> argparse.Namespace:
     return arguments.parse_args(add_args)
 
 
+def checkpoint_exists(folder: str | None) -> bool:
+    """Whether there is a checkpoint of Megatron's to load."""
+    from megatron.training.checkpointing import checkpoint_exists
+
+    return bool(checkpoint_exists(folder))
+
+
 def get_timers() -> Any:
     """Megatron's timers."""
     from megatron.training import get_timers

@@ -12,7 +12,7 @@ import os
 import re
 import types
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -65,6 +65,7 @@ def hook_arguments(add_args: ParserHook, prepare: ArgsHook) -> None:
     ) -> argparse.Namespace:
         def provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
             parser = add_args(parser)
+            parser.error = _refuse_arguments  # type: ignore[method-assign]
             return extra_args_provider(parser) if extra_args_provider else parser
 
         parsed = parse_args(provider, *args, **kwargs)
@@ -80,6 +81,11 @@ def hook_arguments(add_args: ParserHook, prepare: ArgsHook) -> None:
     for module in (arguments, initialize):
         if hasattr(module, "parse_args"):
             module.parse_args, module.validate_args = parse_args_with_ours, validate_prepared_args
+
+
+def _refuse_arguments(message: str) -> NoReturn:
+    """In place of argparse's, which prints some 700 lines of usage on every rank."""
+    raise ConfigError(message)
 
 
 def hook_pretrain(replacements: Callable[[argparse.Namespace], dict[str, Any]]) -> None:

@@ -159,8 +159,9 @@ def main(argv: Sequence[str] | None = None, *, owns_process: bool = False) -> in
     except BrokenPipeError:  # a pager that was closed; Python would complain when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (MultiTurnError, OSError) as error:
-        print(f"error: {_with_remedy(error, args.output_prefix)}", file=sys.stderr)
-        _say_what_is_kept(args)
+        message = _with_remedy(error, args.output_prefix)
+        print(f"error: {message}", file=sys.stderr)
+        _say_what_is_kept(args, message)
         return 1
     except KeyboardInterrupt:
         print("error: interrupted; no dataset was written", file=sys.stderr)
@@ -182,10 +183,11 @@ def _raise_exit(number: int, _frame: FrameType | None) -> None:
     sys.exit(128 + number)
 
 
-def _say_what_is_kept(args: argparse.Namespace) -> None:
+def _say_what_is_kept(args: argparse.Namespace, message: str = "") -> None:
+    """Unless the message that ends the run speaks of it."""
     with contextlib.suppress(MultiTurnError):
         folder = unfinished_folder(_shard_and_prefix(args)[1])
-        if args.dry_run is None and os.path.isdir(folder):
+        if args.dry_run is None and os.path.isdir(folder) and folder not in message:
             print(
                 f"note: {folder} holds what is done so far; the same command goes on with it",
                 file=sys.stderr,

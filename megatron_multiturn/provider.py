@@ -300,7 +300,8 @@ def _import_provider(name: str) -> DatasetsProvider:
     if not function_name:
         names = [*PROVIDERS, "megatron", *(point.name for point in registered_providers())]
         raise ConfigError(
-            f"--dataset-provider {name}: neither one of {', '.join(names)}, nor MODULE:FUNCTION"
+            f"--dataset-provider {name}: there is none of this name; pass one of "
+            f"{', '.join(names)}, or MODULE:FUNCTION"
         )
     try:
         provider = getattr(importlib.import_module(module_name), function_name)

@@ -69,14 +69,14 @@ def test_installed_distributions_offer_providers(
     install_distribution(tmp_path, "rival", "theirs = their_rows:other")
     with pytest.raises(ConfigError, match=r"2 installed distributions offer .* their-data"):
         select_provider("theirs")
-    with pytest.raises(ConfigError, match="neither one of multiturn, megatron, broken, theirs"):
+    with pytest.raises(ConfigError, match="one of multiturn, megatron, broken, theirs, "):
         select_provider("their")
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("multiturns", "neither one of multiturn, megatron, nor MODULE:FUNCTION"),
+        ("multiturns", "none of this name; pass one of multiturn, megatron, or MODULE"),
         ("no.such.module:f", "No module named"),
         ("json:nothing", "no attribute 'nothing'"),
         ("json:__name__", "is not a function"),

@@ -138,6 +138,16 @@ def quickly_refused(*arguments: str) -> str:
     return process.stderr
 
 
+def test_wrong_flags_are_told_in_a_line(tmp_path: Path) -> None:
+    for flags, message in (
+        (["--loss-average", "trun"], "argument --loss-average: invalid choice: 'trun'"),
+        (["--data-pth", "x"], "unrecognized arguments: --data-pth x"),
+    ):
+        error = quickly_refused(*FLAGS, *flags)
+        assert message in error
+        assert "usage:" not in error
+
+
 def test_without_a_gpu_megatron_uses_nothing_that_needs_one(tmp_path: Path) -> None:
     """It takes Transformer Engine's optimizer, say, wherever that can be imported."""
     for name in ("transformer_engine", "apex", "amp_C", "flash_attn"):
