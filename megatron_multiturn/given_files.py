@@ -13,8 +13,9 @@ def check_given_files(args: argparse.Namespace) -> None:
     """Raise ConfigError for a mistake in Megatron's parsed arguments, before it opens the files."""
     for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
         _check_blend(f"--{name.replace('_', '-')}", getattr(args, name, None) or [])
-    model = args.tokenizer_model
-    if args.tokenizer_type in SENTENCEPIECE_TYPES and model and not os.path.isfile(model):
+    model = args.tokenizer_model or ""
+    is_here = model and "://" not in model  # else it is in object storage
+    if args.tokenizer_type in SENTENCEPIECE_TYPES and is_here and not os.path.isfile(model):
         found = "is a folder" if os.path.isdir(model) else "is not there"
         raise ConfigError(
             f"--tokenizer-model {model} {found}, where --tokenizer-type {args.tokenizer_type} "

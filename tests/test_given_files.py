@@ -42,6 +42,7 @@ def test_tokenizer_that_is_no_sentencepiece_model(tmp_path: Path) -> None:
     model.touch()
     check_given_files(given(tokenizer_type=kind, tokenizer_model=str(model)))
     check_given_files(given(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(tmp_path)))
+    check_given_files(given(tokenizer_type=kind, tokenizer_model="msc://store/tokenizer.model"))
 
 
 def test_checkpoints(tmp_path: Path) -> None:
